@@ -27,8 +27,8 @@ from sheeprlhf.reward.inflect import style_of
 from sheeprlhf.rollout.engines import generate_ids
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.evaluation import PerplexityConfig
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.task.models import load_initial_policy, load_policy_from_run
 from sheeprlhf.task.reference import sum_by_response
 from sheeprlhf.task.train.sft import sft_loss

@@ -64,13 +64,10 @@ def main() -> None:
     from sheeprlhf.model.folder.load import load_tokenizer
     from sheeprlhf.rollout.rollout import RolloutCollector, TermModel, token_values
     from sheeprlhf.structure.data import LocalDataConfig
-    from sheeprlhf.structure.fabric import FabricConfig
-    from sheeprlhf.structure.generation import GenConfig
     from sheeprlhf.structure.model import AutoModelConfig
-    from sheeprlhf.structure.optim import AdamWConfig
     from sheeprlhf.structure.reward import ModelRewardConfig
     from sheeprlhf.structure.rollout import GRPOConfig, PPOConfig, RLOOConfig
-    from sheeprlhf.structure.run import TrainConfig
+    from sheeprlhf.structure.run import AdamWConfig, FabricConfig, GenConfig, TrainConfig
     from sheeprlhf.task.train.grpo import grpo_loss
     from sheeprlhf.task.train.ppo import policy_loss, set_up, value_loss, with_advantages
     from sheeprlhf.task.train.rloo import leave_one_out_advantages, rloo_loss

@@ -75,9 +75,8 @@ def main() -> None:
     from sheeprlhf.engine.optim import build_optimizer
     from sheeprlhf.engine.step import LossFn, update
     from sheeprlhf.model.folder.load import load_tokenizer
-    from sheeprlhf.structure.fabric import FabricConfig
     from sheeprlhf.structure.model import ModelConfig
-    from sheeprlhf.structure.optim import AdamWConfig
+    from sheeprlhf.structure.run import AdamWConfig, FabricConfig
     from sheeprlhf.structure.task import DPOConfig
     from sheeprlhf.task.reference import sum_by_response
     from sheeprlhf.task.train.dpo import dpo_loss

@@ -64,7 +64,7 @@ def measure(fabric: Any, cases: list[Case], steps: int) -> list[Speed]:
     from sheeprlhf.engine.step import MicroBatch, update
     from sheeprlhf.model.folder.load import load_tokenizer
     from sheeprlhf.structure.model import TinyConfig
-    from sheeprlhf.structure.optim import AdamWConfig
+    from sheeprlhf.structure.run import AdamWConfig
     from sheeprlhf.task.train.sft import sft_loss
 
     model = TinyConfig()
@@ -154,7 +154,7 @@ def worker(
 ) -> None:
     """One rank of a launch; rank zero sends the results."""
     from sheeprlhf.engine.fabric import make_fabric
-    from sheeprlhf.structure.fabric import FabricConfig
+    from sheeprlhf.structure.run import FabricConfig
 
     if ranks > 1:
         torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
@@ -305,7 +305,7 @@ def measure_memory(fabric: Any, folder: str, in_files: bool) -> list[list[float]
     from sheeprlhf.engine.step import MicroBatch, update
     from sheeprlhf.model.folder.load import load_tokenizer
     from sheeprlhf.structure.model import AutoModelConfig
-    from sheeprlhf.structure.optim import AdamWConfig
+    from sheeprlhf.structure.run import AdamWConfig
     from sheeprlhf.task.train.sft import sft_loss
     from sheeprlhf.utils.lightning import gather_objects
 

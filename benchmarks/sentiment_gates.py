@@ -32,8 +32,8 @@ from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.reward.functions import sentiment
 from sheeprlhf.rollout.engines import generate_ids
 from sheeprlhf.structure.data import DataConfig
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.task.models import load_policy_from_run
 
 ROOT = Path(__file__).parents[1]

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from sheeprlhf.apps.arguments import ParsedArgs
 from sheeprlhf.config.compose import Job
+from sheeprlhf.config.overrides import option_word
 from sheeprlhf.config.processes import with_launched_processes
 from sheeprlhf.config.registry import config_hash, datasets_of
 from sheeprlhf.config.run_lookup import is_run_alias
-from sheeprlhf.config.shell import option_word
 from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.engine.rundir import (
     CONFIG_FILE,
@@ -28,7 +28,6 @@ from sheeprlhf.engine.rundir import (
     is_finished,
 )
 from sheeprlhf.model.locate import locate, locate_adapter
-from sheeprlhf.security.files import disk_full
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.security.version_guard import check_versions
 from sheeprlhf.structure.model import ModelConfig
@@ -47,7 +46,7 @@ from sheeprlhf.utils.launchers import (
     stale_note,
 )
 from sheeprlhf.utils.memory import phase
-from sheeprlhf.utils.output import write_file
+from sheeprlhf.utils.output import disk_full, write_file
 from sheeprlhf.utils.processes import die_with_parent
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sheeprlhf.apps.arguments import ParsedArgs
 from sheeprlhf.config.compose import Job, Source, compose_job
-from sheeprlhf.config.shell import option_word
+from sheeprlhf.config.overrides import option_word
 from sheeprlhf.launch import launch
 from sheeprlhf.security.json_records import RESULT, load_json
 from sheeprlhf.utils.errors import ConfigError, Interrupted, SheepError

@@ -22,21 +22,19 @@ import sheeprlhf
 from sheeprlhf.apps.arguments import ParsedArgs
 from sheeprlhf.apps.terminal import Screen, paragraph, table
 from sheeprlhf.config.memory_advice import Change, memory_reductions, words
+from sheeprlhf.config.overrides import command
 from sheeprlhf.config.path_checks import data_is_here, model_folder
 from sheeprlhf.config.registry import datasets_of, replace_options
-from sheeprlhf.config.shell import command
 from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.security.redaction import plain_text, redact_command, redact_text
 from sheeprlhf.security.version_guard import OPTIONAL, version_problem
 from sheeprlhf.structure.data import DataConfig, LayoutDataConfig
-from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.reward import uses_judge
 from sheeprlhf.structure.rollout import LocalRolloutConfig, VLLMRolloutConfig
-from sheeprlhf.structure.run import DoctorConfig, TrainConfig
+from sheeprlhf.structure.run import DoctorConfig, FabricConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError, ModelError, SheepError
-from sheeprlhf.utils.hardware import available_memory
 from sheeprlhf.utils.home import cache_root, expand_home, why_offline
-from sheeprlhf.utils.memory import size_text
+from sheeprlhf.utils.memory import available_memory, size_text
 
 if TYPE_CHECKING:
     from sheeprlhf.model.memory import MemoryPlan, ModelSize

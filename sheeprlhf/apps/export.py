@@ -9,9 +9,9 @@ from sheeprlhf.apps.arguments import Flag, number_problems, print_flags_help, re
 from sheeprlhf.apps.serve.chat import TEMPLATE, WEIGHTS, weights_of
 from sheeprlhf.apps.terminal import Screen, clean
 from sheeprlhf.config.model_lookup import POLICY, find_trained
+from sheeprlhf.config.overrides import command
 from sheeprlhf.config.path_checks import is_hub_id, new_folder_problems
 from sheeprlhf.config.run_lookup import is_newest
-from sheeprlhf.config.shell import command
 from sheeprlhf.security.version_guard import check_versions
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.home import expand_home, why_offline

@@ -21,19 +21,18 @@ from sheeprlhf.apps.arguments import ParsedArgs, parse_args
 from sheeprlhf.apps.runs import read_results
 from sheeprlhf.apps.terminal import Screen, is_number
 from sheeprlhf.config.compose import Source, compose_jobs
+from sheeprlhf.config.overrides import command, option_word
 from sheeprlhf.config.pipeline import Stage, stages_of
 from sheeprlhf.config.registry import NOT_IN_HASH, config_to_dict
 from sheeprlhf.config.run_lookup import next_order, order_of
-from sheeprlhf.config.shell import command, option_word
 from sheeprlhf.engine.rundir import LOCK_FILE, RUN_FILE, RunLock, is_finished, make_unique_dir
-from sheeprlhf.security.files import read_small, real_path
 from sheeprlhf.security.json_records import PIPELINE, load_json
 from sheeprlhf.security.redaction import redact_command
 from sheeprlhf.structure.rollout import BestOfNConfig
 from sheeprlhf.structure.run import PipelineConfig, RootConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError, UnsafePathError
 from sheeprlhf.utils.home import expand_home
-from sheeprlhf.utils.output import create_file, link_problems, make_folder, write_file
+from sheeprlhf.utils.output import create_file, link_problems, make_folder, read_small, real_path, write_file
 from sheeprlhf.utils.processes import Children, children
 
 RESULT_FILES = ("results.csv", "results.md", "results.json")

@@ -14,10 +14,10 @@ from sheeprlhf.apps.terminal import clean, is_number
 from sheeprlhf.config.registry import leaves
 from sheeprlhf.config.run_lookup import REPORT_FILE, RUN_FILE, order_of, read_run_config
 from sheeprlhf.engine.rundir import is_locked
-from sheeprlhf.security.files import read_small, read_tail, real_path
 from sheeprlhf.security.json_records import DATA_REPORT, RESULT, RUN, STATE, Schema, load_json
 from sheeprlhf.security.redaction import redact
 from sheeprlhf.utils.errors import ConfigError, DataError, RecordError
+from sheeprlhf.utils.output import read_small, read_tail, real_path
 
 MAX_DEPTH = 8  # root_dir/<data>/<model>/<task>/<time>/<run_name>, and some room
 MAX_FOLDERS = 20_000

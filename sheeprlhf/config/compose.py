@@ -30,6 +30,7 @@ from sheeprlhf.config.overrides import (
     condensed,
     key_problem,
     missing_problem,
+    option_word,
     pick_groups,
     readable,
     recipe_owner,
@@ -45,7 +46,6 @@ from sheeprlhf.config.run_lookup import (
     resolve_runs,
     saved_group,
 )
-from sheeprlhf.config.shell import option_word
 from sheeprlhf.config.untrusted_config import check_sources, content_problems
 from sheeprlhf.config.validate import validate
 from sheeprlhf.structure.run import EvalConfig, RootConfig, TrainConfig

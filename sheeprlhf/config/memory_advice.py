@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+from sheeprlhf.config.overrides import option_word, shell_word
 from sheeprlhf.config.registry import NOT_IN_HASH
-from sheeprlhf.config.shell import option_word, shell_word
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import TrainTaskConfig
-from sheeprlhf.utils.hardware import missing_modules
+from sheeprlhf.utils.memory import missing_modules
 
 Change = dict[str, Any]
 """Options by their full name and the values to give them, all together."""

@@ -1,15 +1,16 @@
-"""Check single overrides of the command line, search options by a name, a part of it, or a mistyped one."""
+"""Write overrides for messages, check those of the command line, find options by a name or a mistyped one."""
 
 import contextlib
 import dataclasses
 import re
+import shlex
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,8 +28,8 @@ from sheeprlhf.config.registry import (
     twice_given,
     unwrap_optional,
 )
-from sheeprlhf.config.shell import hydra_value, shell_word
 from sheeprlhf.security.redaction import is_secret_name, is_secret_value
+from sheeprlhf.structure.option import Config
 
 _SECRET_FIX = "credentials do not belong on the command line; remove it and set HF_TOKEN or run `hf auth login`"
 
@@ -389,3 +390,57 @@ def condensed(lines: list[str], verb: str) -> str:
     names = [field for group in groups(verb) for cls in choices(group, verb).values() for field in vars(cls())]
     near = nearest(key.split(".")[-1], names) if key else None
     return f"{text} ({key}: did you mean {near}?)" if near else text
+
+
+PROGRAM = ("python", "sheeprlhf.py")
+
+
+def command(words: Iterable[str]) -> str:
+    """Return a command line for a shell; its options are words of `option_word`, or as a user typed them."""
+    return shlex.join([*PROGRAM, *words])
+
+
+def option_word(key: str, value: Any) -> str:
+    """Return `key=value` as Hydra reads it back: text in quotes where it has to be, lists in brackets."""
+    return f"{key}={hydra_value(value)}"
+
+
+def shell_word(key: str, value: Any) -> str:
+    """Return `option_word` as a shell takes it, for messages that name one option."""
+    return shlex.quote(option_word(key, value))
+
+
+def hydra_value(value: Any) -> str:
+    """Return a value in the grammar of Hydra's command line."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(hydra_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{hydra_value(of)}' for key, of in value.items())}}}"
+    return str(value) if isinstance(value, int | float) else _text(str(value))
+
+
+def changed_words(group: str, config: Config, left_out: Iterable[str] = ()) -> Iterator[str]:
+    """Yield the options of a group that differ from the defaults of their choice, except for those `left_out`."""
+    default = type(config)()
+    for option in options(config, f"{group}."):
+        name = option.key.rpartition(".")[2]
+        value, usual = (
+            tuple(of) if isinstance(of, list) else of for of in (option.value, getattr(default, name, None))
+        )
+        if value in (None, usual) or name in (*left_out, "config_name") or (not usual and not value):
+            continue
+        yield option_word(option.key, value)
+
+
+def _text(text: str) -> str:
+    """Return a text, in quotes unless Hydra reads it as the same text without them."""
+    parser = OverridesParser.create()
+    try:
+        plain = "${" not in text and parser.parse_override(f"key={text}").value() == text
+        plain = plain and parser.parse_override(f"key=[{text}]").value() == [text]
+    except (HydraException, ValueError):
+        plain = False
+    mark = Quote.single if '"' in text else Quote.double  # the shell's quotes are single ones
+    return text if plain else QuotedString(text.replace("${", "\\${"), mark).with_quotes()

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sheeprlhf.config.option_checks import did_you_mean, near_path
+from sheeprlhf.config.overrides import shell_word
 from sheeprlhf.config.registry import datasets_of, options, replace_options
-from sheeprlhf.config.shell import shell_word
-from sheeprlhf.security.files import real_file
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.structure.reward import term_folder
 from sheeprlhf.structure.run import RootConfig
@@ -20,6 +19,7 @@ from sheeprlhf.utils.chat_templates import SUFFIX as TEMPLATE_SUFFIX
 from sheeprlhf.utils.chat_templates import built_in_templates
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.home import EMBEDDED, PICKLED, WEIGHTS_FILES, embedded_folder, expand_home, home_problem
+from sheeprlhf.utils.output import real_file
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from sheeprlhf.config.option_checks import did_you_mean
+from sheeprlhf.config.overrides import hydra_value
 from sheeprlhf.config.registry import current_word
-from sheeprlhf.config.shell import hydra_value
 from sheeprlhf.config.untrusted_config import word_problem
 from sheeprlhf.structure.run import PipelineConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError

@@ -4,8 +4,7 @@ import dataclasses
 import os
 
 from sheeprlhf.config.validate import is_plan, parse_devices
-from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.run import EvalConfig, RootConfig, TrainConfig
+from sheeprlhf.structure.run import EvalConfig, FabricConfig, RootConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.launchers import (
     NODE_LISTS,

@@ -10,9 +10,8 @@ from typing import Any
 
 from yaml import YAMLError, safe_load
 
-from sheeprlhf.security.files import read_small
 from sheeprlhf.utils.errors import ConfigError, ModelError
-from sheeprlhf.utils.output import write_file
+from sheeprlhf.utils.output import read_small, write_file
 
 FILE = "sheeprlhf.json"
 _MAX_BYTES = 1 << 20

@@ -17,9 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sheeprlhf.structure.data import DataConfig, MixDataConfig
 from sheeprlhf.structure.evaluation import EvalTaskConfig, FrontierConfig
-from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.optim import OptimizerConfig
 from sheeprlhf.structure.option import Config
 from sheeprlhf.structure.reward import AutoRewardConfig, NoRewardConfig, RewardSourceConfig
 from sheeprlhf.structure.rollout import DistillConfig, LocalRolloutConfig, OnlineTaskConfig, RolloutSourceConfig
@@ -27,8 +25,10 @@ from sheeprlhf.structure.run import (
     CommandConfig,
     DoctorConfig,
     EvalConfig,
+    FabricConfig,
     FetchConfig,
     InspectConfig,
+    OptimizerConfig,
     PipelineConfig,
     RootConfig,
     TrainConfig,

@@ -1,22 +1,48 @@
-"""Checks of sampling and scoring: RL tasks, and sources of rewards, whose functions are found without an import."""
+"""Checks of RL tasks, rewards and evaluations; functions of the user are found without an import."""
 
+import ast
+import importlib.util
+import keyword
 import math
 import os
 import re
+import sys
+import tokenize
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from sheeprlhf.config.option_checks import did_you_mean, nearest, not_installed, unread, unread_rules, url_problem
-from sheeprlhf.config.path_checks import is_hub_id, model_problem, near_file, new_folder_problems
-from sheeprlhf.config.registry import config_to_dict
-from sheeprlhf.config.run_lookup import is_run_alias, scores_by_run
-from sheeprlhf.config.shell import shell_word
+from sheeprlhf.config.overrides import shell_word
+from sheeprlhf.config.path_checks import (
+    is_hub_id,
+    is_weights_name,
+    model_problem,
+    near_file,
+    new_folder_problems,
+    weights_problems,
+)
+from sheeprlhf.config.registry import choices, config_to_dict
+from sheeprlhf.config.run_lookup import (
+    is_run_alias,
+    read_run_config,
+    saved_group,
+    scores_by_run,
+    start_problems,
+    task_of_run,
+)
+from sheeprlhf.config.validate import sharding_problems, unread_options
 from sheeprlhf.security.model_folder import merge_advice
-from sheeprlhf.security.user_code import find_module, hidden_by_installed, names_of, parse_path
-from sheeprlhf.structure.evaluation import GenerateConfig, RewardConfig
-from sheeprlhf.structure.generation import GenConfig
-from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.structure.evaluation import (
+    NOTHING,
+    REFERENCES,
+    START,
+    EvalTaskConfig,
+    FrontierConfig,
+    GenerateConfig,
+    RewardConfig,
+)
 from sheeprlhf.structure.reward import (
     BUILTINS,
     JUDGE,
@@ -50,9 +76,11 @@ from sheeprlhf.structure.rollout import (
     RolloutSourceConfig,
     VLLMRolloutConfig,
 )
-from sheeprlhf.structure.run import EvalConfig, InspectConfig, TrainConfig
-from sheeprlhf.utils.hardware import missing_modules
+from sheeprlhf.structure.run import AdamWConfig, EvalConfig, GenConfig, InspectConfig, TrainConfig
+from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.home import expand_home
+from sheeprlhf.utils.memory import missing_modules
+from sheeprlhf.utils.output import link_problems
 
 _READERS = {
     option: [name for name, builtin in BUILTINS.items() if option in builtin.reads]
@@ -168,11 +196,11 @@ def source_problems(given: str, source: str) -> Iterator[str]:
 
 def _users_own_problems(given: str, source: str) -> Iterator[str]:
     try:
-        module, function = parse_path(source)
+        module, function = _parse_path(source)
     except ValueError:
         yield f"{given}{source} cannot be read: give package.module:function, for example {given}my_rewards:brevity"
         return
-    spec = find_module(module)
+    spec = _find_module(module)
     if spec is None:
         files = [path.stem for path in Path.cwd().glob("*.py")]
         did = did_you_mean(module, files if "." not in module else (), "it", key=given, end=f":{function}")
@@ -182,7 +210,7 @@ def _users_own_problems(given: str, source: str) -> Iterator[str]:
     if spec.origin is None or not spec.origin.endswith(".py"):
         return  # compiled, or built in: importing it will tell
     try:
-        names = names_of(spec.origin)
+        names = _names_of(spec.origin)
     except SyntaxError as error:
         yield f"{given}{source}: {spec.origin}, line {error.lineno}, is not Python: {error.msg}"
         return
@@ -190,11 +218,75 @@ def _users_own_problems(given: str, source: str) -> Iterator[str]:
         yield f"{given}{source}: {spec.origin} cannot be read: {error.strerror}"
         return
     if names is not None and function not in names:
-        near, hidden = nearest(function, names), hidden_by_installed(module)
+        near, hidden = nearest(function, names), _hidden_by_installed(module)
         did = f"did you mean {given}{module}:{near}?" if near else "give the name of one that it has"
         if hidden is not None:
             did = f"it comes before your {hidden}: rename that"
         yield f"{given}{source}: {spec.origin} has no {function}: {did}"
+
+
+def _parse_path(text: str) -> tuple[str, str]:
+    """`package.module:function` or `package.module.function`. Raises ValueError if it is neither."""
+    module, _, function = text.rpartition(":" if ":" in text else ".")
+    parts = [*module.split("."), function]
+    if not all(part.isidentifier() and not keyword.iskeyword(part) for part in parts):
+        raise ValueError(text)
+    return module, function
+
+
+def _find_module(module: str) -> ModuleSpec | None:
+    """Locate a module as `import` would; None if there is none. Unlike importlib, it does not import parents."""
+    loaded = getattr(sys.modules.get(module), "__spec__", None)
+    if isinstance(loaded, ModuleSpec):
+        return loaded  # such as os.path, which is in no package
+    first, *rest = module.split(".")
+    spec = _installed(first) or PathFinder.find_spec(first, [os.getcwd()])
+    name = first
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        name = f"{name}.{part}"
+        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations))
+    return spec
+
+
+def _installed(name: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(name)
+    except ValueError:  # a module without a specification, such as __main__
+        return None
+
+
+def _hidden_by_installed(module: str) -> str | None:
+    """The user's own file in the current directory, where an installed module of its name comes before it."""
+    first = module.partition(".")[0]
+    own, installed = PathFinder.find_spec(first, [os.getcwd()]), _installed(first)
+    if own is None or own.origin is None or installed is None or own.origin == installed.origin:
+        return None
+    return os.path.relpath(own.origin)
+
+
+def _names_of(file: str) -> set[str] | None:
+    """Names that a source file may define; None if they cannot be determined. Raises SyntaxError and OSError."""
+    with tokenize.open(file) as source:
+        try:
+            tree = ast.parse(source.read(), file)
+        except (UnicodeDecodeError, ValueError) as error:
+            raise SyntaxError(str(error)) from error
+    names = set(_bound_names(tree))
+    return None if names & {"*", "__getattr__"} else names
+
+
+def _bound_names(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from ((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("globals", "setattr"):
+            yield "*"
 
 
 def _judge_problems(cfg: JudgeOptionsConfig) -> Iterator[str]:
@@ -442,3 +534,97 @@ def narrowing_options(generation: GenConfig) -> str:
     """The options that keep a sampler from using all probabilities, as they are typed; empty if there are none."""
     usual = (("top_k", 0), ("top_p", 1.0), ("num_beams", 1))
     return ", ".join(f"generation.{name}" for name, off in usual if getattr(generation, name) != off)
+
+
+def eval_problems(config: EvalConfig) -> Iterator[str]:
+    """Problems of an evaluation: missing packages, model or run, weights, or reward."""
+    yield from sharding_problems(config)
+    name, writes = config.task.config_name, config.task.writes
+    yield from unread_options(config, "generation.engine", *(() if writes else ("generation.stop_strings",)))
+    if given := narrowing_options(config.generation) if writes == "samples" else "":
+        yield f"{given}: task={name} samples with all probabilities: remove it, or give generation.temperature"
+    yield from _reward_problems(config)
+    yield from environment_problems(config)
+    if config.experiment_dir is None and isinstance(config.task, FrontierConfig):
+        yield "task=frontier goes over the checkpoints of a run: give experiment_dir=<run directory>"
+    elif config.experiment_dir is None:
+        if missing := [name for name in ("model", "data") if getattr(config, name) is None]:
+            give = " and ".join(f"{name}=<{', '.join(choices(name))}>" for name in missing)
+            yield f"nothing to evaluate: give experiment_dir=<run directory>, or {give}"
+        yield from new_folder_problems("output_dir", config.output_dir)
+    if config.task.data_split == "reward" and config.data is not None and config.data.reward_model_split == 0:
+        yield "task.data_split=reward is empty with data.reward_model_split=0: give another split"
+    if isinstance(config.task, FrontierConfig) and config.task.model_name != EvalTaskConfig.model_name:
+        yield unread(f"task.model_name={config.task.model_name}", "by task=frontier, which takes all")
+    elif not is_weights_name(config.task.model_name):
+        yield from weights_problems("", config.task.model_name, key="", name_key="task.model_name")
+    elif config.experiment_dir is not None:
+        yield from _run_problems(config, config.experiment_dir)
+
+
+def _reward_problems(config: EvalConfig) -> Iterator[str]:
+    """A reward that nothing reads, or that cannot score; a comparison with nothing."""
+    reward, task = config.reward, config.task
+    if task.writes != "samples":
+        yield from unread_options(config, "reward")
+        return
+    yield from start_problems(config)
+    yield from model_score_problems(config)
+    if reward.normalize:
+        yield NORMALIZED
+    yield from overlong_problems(config)
+    if isinstance(task, RewardConfig):
+        yield from _against_problems(config, task.against)
+
+
+def _against_problems(config: EvalConfig, against: str) -> Iterator[str]:
+    """Problems of the responses to compare with."""
+    if against.casefold() in (REFERENCES, NOTHING):
+        return
+    if against.casefold() == START:
+        if config.experiment_dir is None:
+            yield "task.against=start: a model that no run has trained has no start: give references or a run directory"
+        elif config.model is not None and config.model.random_init:
+            yield f"task.against=start: {config.experiment_dir} began with random weights: give references or a run"
+        return
+    try:
+        trained = task_of_run(read_run_config(against, key="task.against"))
+        saved_group(against, "model", key="task.against")
+    except ConfigError as error:
+        yield from (f"{problem}; it may also be {REFERENCES}, {START} or {NOTHING}" for problem in error.problems)
+        return
+    if trained is not None and trained.trains != "policy":
+        yield f"task.against={against}: this run of task={trained.config_name} trained a {trained.trains}: give another"
+        return
+    yield from weights_problems(against, "final", key="task.against", name_key="task.model_name")
+
+
+def _run_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
+    """Problems of the run that is evaluated: missing weights, or a folder that is not writable."""
+    yield from new_folder_problems("experiment_dir", str(Path(run_dir) / "eval"))
+    yield from link_problems(Path(run_dir), (), ("eval",))
+    saved = read_run_config(run_dir)
+    trained = task_of_run(saved)
+    what, wanted = "policy" if trained is None else trained.trains, config.task.evaluates
+    if what not in wanted:
+        able = [name for name, cls in choices("task", "eval").items() if what in getattr(cls, "evaluates", ())]
+        give = f"task={' or '.join(able)}, or another run" if able else "another run"
+        of = "" if trained is None else f" of task={trained.config_name}"
+        yield (
+            f"experiment_dir={run_dir}: task={config.task.config_name} evaluates a {' or a '.join(wanted)}, and this "
+            f"run{of} trained a {what}: give {give}"
+        )
+        return
+    if isinstance(config.task, FrontierConfig):  # it begins at a start, and has points
+        if config.model is not None and config.model.random_init:
+            yield f"experiment_dir={run_dir}: task=frontier needs a start, and this run began with random weights"
+        if not Path(run_dir, "final").is_dir() and not any(Path(run_dir).glob("checkpoints/step-*")):
+            again = shell_word("resume_from", str(run_dir))
+            yield f"experiment_dir={run_dir}: this run has no checkpoint; continue it by {again}"
+    else:
+        yield from weights_problems(run_dir, config.task.model_name, key="experiment_dir", name_key="task.model_name")
+    task = saved.get("task")
+    start = task.get("sft_experiment_dir") if isinstance(task, dict) else None
+    adapters = config.model is not None and config.model.finetune_mode == "LORA"
+    if isinstance(start, str) and adapters and not Path(start).is_dir():
+        yield f"experiment_dir={run_dir} has adapters for the model that {start} left, which is gone: put it back"

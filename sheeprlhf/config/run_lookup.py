@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from sheeprlhf.config.option_checks import near_path
+from sheeprlhf.config.overrides import changed_words, command, option_word
 from sheeprlhf.config.path_checks import is_template_file, weights_problems
 from sheeprlhf.config.registry import choices, config_hash, from_dict, rename_keys, replace_options
-from sheeprlhf.config.shell import changed_words, command, option_word
 from sheeprlhf.security.json_records import LATEST, RUN, load_json
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.model import ModelConfig

@@ -20,9 +20,9 @@ from omegaconf._utils import get_yaml_loader
 
 from sheeprlhf.config.overrides import quote_list_items
 from sheeprlhf.config.registry import BASES, rename_keys
-from sheeprlhf.security.files import read_small, real_file
 from sheeprlhf.structure.reward import is_users_own
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.output import read_small, real_file
 
 _FUNCTIONS = ("reward.path", "reward.terms", "rollout.environment")
 _RECEIVERS = ("reward.url", "reward.api_key_variable", "rollout.urls")  # of texts, of a key and of prompts

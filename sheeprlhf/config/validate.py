@@ -24,26 +24,28 @@ from sheeprlhf.config.registry import OF_A_MIXTURE, choices, datasets_of, option
 from sheeprlhf.config.run_lookup import start_problems
 from sheeprlhf.structure.data import REASONING_TAGS, DataConfig, LayoutDataConfig, LocalDataConfig, MixDataConfig
 from sheeprlhf.structure.evaluation import EvalTaskConfig
-from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
-from sheeprlhf.structure.optim import AdamW8bitConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.structure.reward import AutoRewardConfig, RewardSourceConfig
 from sheeprlhf.structure.rollout import BestOfNConfig, LocalRolloutConfig, OnlineTaskConfig
 from sheeprlhf.structure.run import (
     TRACKER_MODULES,
+    AdamW8bitConfig,
     ClusterConfig,
     DoctorConfig,
     EvalConfig,
+    FabricConfig,
     FetchConfig,
+    GenConfig,
     InspectConfig,
+    OptimizerConfig,
     RootConfig,
+    SGDConfig,
     TrainConfig,
 )
 from sheeprlhf.structure.task import DPOConfig, ILQLConfig, PRMConfig, RMConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.hardware import cuda_problem, missing_modules
 from sheeprlhf.utils.home import cache_place
+from sheeprlhf.utils.memory import cuda_problem, missing_modules
 
 _OF_STREAMS = {"streaming", "shard_size", "keep_shards"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -73,7 +75,7 @@ def _problems(config: RootConfig) -> Iterator[str]:
     if isinstance(config, TrainConfig):
         yield from _train_problems(config)
     elif isinstance(config, EvalConfig):
-        from sheeprlhf.config.eval_checks import eval_problems
+        from sheeprlhf.config.reward_checks import eval_problems
 
         yield from eval_problems(config)
     elif isinstance(config, InspectConfig):

@@ -35,11 +35,10 @@ from sheeprlhf.config.path_checks import (
     split_of_name,
     unread_files,
 )
-from sheeprlhf.security.files import read_small, real_file
 from sheeprlhf.structure.data import DataConfig, HubDataConfig, LayoutDataConfig, LocalDataConfig
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.home import EMBEDDED, embedded_folder, expand_home, why_offline
-from sheeprlhf.utils.output import make_folders
+from sheeprlhf.utils.output import make_folders, read_small, real_file
 
 QUIET_SECONDS = 1.0  # what is done sooner shows nothing
 LOG_SECONDS = 5.0  # between two lines in a file, where none overwrites the last one

@@ -12,7 +12,7 @@ from sheeprlhf.config.processes import LIGHTNING_OPTIONS
 from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.engine.ranks import JoiningDDP
 from sheeprlhf.engine.shard import sharding_strategy
-from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.run import FabricConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.launchers import Launched, launched, meeting_host, meeting_port
 from sheeprlhf.utils.lightning import (

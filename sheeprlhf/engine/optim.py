@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sheeprlhf.model.folder.weights import drop_placeholders
-from sheeprlhf.structure.optim import AdamConfig, AdamW8bitConfig, AdamWConfig, OptimizerConfig, SGDConfig
+from sheeprlhf.structure.run import AdamConfig, AdamW8bitConfig, AdamWConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.lightning import Fabric, ModelParallelStrategy, _FabricModule
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from sheeprlhf.config.overrides import command, option_word
 from sheeprlhf.config.path_checks import absolute_words
 from sheeprlhf.config.registry import NOT_IN_HASH, PERFORMANCE_ONLY_OPTIONS, choices, config_to_dict, leaves
 from sheeprlhf.config.run_lookup import (
@@ -25,14 +26,21 @@ from sheeprlhf.config.run_lookup import (
     read_run,
     read_run_config,
 )
-from sheeprlhf.config.shell import command, option_word
 from sheeprlhf.engine.manifest import verify_manifest, write_folder, write_manifest
-from sheeprlhf.security.files import real_file
 from sheeprlhf.security.json_records import RUN, STATE, damaged, load_json
 from sheeprlhf.security.redaction import redact, redact_command
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError, RunInUseError, UnsafePathError
-from sheeprlhf.utils.output import link_problems, lock, make_folder, make_private, open_file, open_lock_file, write_file
+from sheeprlhf.utils.output import (
+    link_problems,
+    lock,
+    make_folder,
+    make_private,
+    open_file,
+    open_lock_file,
+    real_file,
+    write_file,
+)
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"

@@ -38,11 +38,10 @@ from transformers import PreTrainedModel
 
 from sheeprlhf.engine.ranks import JoiningModelParallel, meshes_of
 from sheeprlhf.model.folder.weights import drop_placeholders
-from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.run import FabricConfig
 from sheeprlhf.utils.errors import ConfigError, ModelError
-from sheeprlhf.utils.hardware import available_memory
 from sheeprlhf.utils.lightning import Fabric, ModelParallelStrategy, gather_objects
-from sheeprlhf.utils.memory import size_text
+from sheeprlhf.utils.memory import available_memory, size_text
 
 T = TypeVar("T")
 _NORM = "replicated_with_grad_allreduce"  # of each head: a process has the gradient of its own heads

@@ -40,7 +40,7 @@ from sheeprlhf.model.folder.load import load_causal_lm
 from sheeprlhf.model.folder.weights import HEAD, check_quantizable, quantized_savings
 from sheeprlhf.model.lm_head import MAX_LOGITS, backbone_and_head, with_score_head
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.optim import AdamW8bitConfig, OptimizerConfig, SGDConfig
+from sheeprlhf.structure.run import AdamW8bitConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.processes import interrupts_wait

@@ -27,11 +27,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sheeprlhf.config.shell import shell_word
+from sheeprlhf.config.overrides import shell_word
 from sheeprlhf.model.attention import no_router_logits, outgrows_cache
 from sheeprlhf.rollout.padded_decoders import unpacked_decoder
 from sheeprlhf.rollout.sampler import Sampled, prompt_groups
-from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.memory import phase

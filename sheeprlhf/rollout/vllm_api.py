@@ -8,12 +8,12 @@ from typing import Any
 import httpx
 
 from sheeprlhf.config.path_checks import model_folder
-from sheeprlhf.security.files import read_small
 from sheeprlhf.security.redaction import plain_text
 from sheeprlhf.structure.rollout import VLLMRolloutConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError, RolloutServerError
 from sheeprlhf.utils.http import SHOWN, client, describe, is_transient, parse_answer, request
+from sheeprlhf.utils.output import read_small
 
 SECONDS_OF_CHECK = 10.0  # of a request
 _SECONDS_OF_CHECKS = 30.0  # of all requests to a server before a run

@@ -21,8 +21,8 @@ from typing import (
     is_typeddict,
 )
 
-from sheeprlhf.security.files import read_small, real_path
 from sheeprlhf.utils.errors import RecordError
+from sheeprlhf.utils.output import read_small, real_path
 
 MAX_DEPTH = 32  # objects and lists inside one another
 MAX_DIGITS = 18  # of an integer, so that it fits into 64 bits and into a float

@@ -21,12 +21,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheeprlhf.security.files import read_small, real_file
 from sheeprlhf.security.json_records import ADAPTER_CONFIG as ADAPTER_SCHEMA
 from sheeprlhf.security.json_records import load_json
 from sheeprlhf.utils.errors import ModelError, RecordError
 from sheeprlhf.utils.home import PICKLED, PICKLED_INDEX
-from sheeprlhf.utils.output import open_file
+from sheeprlhf.utils.output import open_file, read_small, real_file
 
 MAX_HEADER = 10_000_000  # bytes; of 100,000 tensors it has about as many
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}

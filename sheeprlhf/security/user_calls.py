@@ -7,7 +7,6 @@ from the function's code without calling it. What a helper in another module kee
 import asyncio
 import dis
 import functools
-import importlib
 import inspect
 import os
 import re
@@ -22,9 +21,9 @@ from contextlib import contextmanager, suppress
 from enum import Enum
 from functools import partial
 from multiprocessing import get_context
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
-from sheeprlhf.security.user_code import parse_path
 from sheeprlhf.utils.errors import ConfigError, RewardError
 from sheeprlhf.utils.processes import BoundToThis, ignore_interrupts, start_bound
 
@@ -63,10 +62,9 @@ def importable_from(folder: str | None) -> Iterator[None]:
 
 def import_function(source: str, folder: str, given: str = "reward: ") -> Callable[..., Any]:
     """Import a function or a class by its dotted path. Raises ConfigError, whose message begins with `given`."""
-    module, name = parse_path(source)
     try:
         with importable_from(folder):
-            function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+            function: Callable[..., Any] = resolve_name(source)
     except Exception as error:
         raise ConfigError(f"{given}{source} cannot be imported: {describe_exception(error)}") from error
     if not callable(function):

@@ -1,4 +1,4 @@
-"""The roots: what each verb that takes a configuration composes."""
+"""The roots: what each verb that takes a configuration composes; devices, optimizers and sampling."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
@@ -7,14 +7,155 @@ from omegaconf import MISSING
 
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.evaluation import EvalTaskConfig
-from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.optim import OptimizerConfig
 from sheeprlhf.structure.option import Config, option
 from sheeprlhf.structure.reward import RewardSourceConfig
 from sheeprlhf.structure.rollout import RolloutSourceConfig
 from sheeprlhf.structure.task import TrainTaskConfig
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
+STRATEGIES = ("auto", "ddp", "fsdp2")
+
+
+@dataclass(unsafe_hash=True)
+class FabricConfig(Config):
+    """On the CPU, one process."""
+
+    config_name: str = option("cpu", "Name of this choice.")
+    accelerator: str = option("cpu", "Kind of device.", choices=("cpu", "cuda", "auto"))
+    devices: Optional[str] = option(
+        None,
+        "Number of devices (processes) on each machine, or 'auto' for all that are there; null is what the launcher "
+        "(torchrun, srun, mpirun) has started, else 1.",
+    )
+    num_nodes: Optional[int] = option(None, "Number of machines; null: that of the launcher, else 1.", minimum=1)
+    strategy: str = option("auto", "Work of several devices; fsdp2 cuts the weights up too.", choices=STRATEGIES)
+    replicas: int = option(
+        1,
+        "Groups of devices that each hold all weights, cut up within the group; fsdp2. As many as machines keep the "
+        "gathering inside a machine.",
+        minimum=1,
+    )
+    tensor_parallel: int = option(
+        1,
+        "Devices that compute the same rows together, each with a part of the heads and of the MLP of every block; "
+        "fsdp2.",
+        minimum=1,
+    )
+    offload: str = option("none", "Place of sharded tensors between passes; fsdp2.", choices=("none", "cpu"))
+    timeout: int = option(
+        1800,
+        "Longest wait of a process for the others, at the start and in each collective; then the run ends.",
+        unit="seconds",
+        minimum=1,
+    )
+    precision: str = option("32-true", "Number format: weights stay float32 under the mixed ones.", choices=PRECISIONS)
+
+
+@dataclass(unsafe_hash=True)
+class AutoCudaConfig(FabricConfig):
+    """On one CUDA device, in bf16-mixed precision."""
+
+    config_name: str = "auto_cuda"
+    accelerator: str = "cuda"
+    precision: str = "bf16-mixed"
+
+
+@dataclass(unsafe_hash=True)
+class AutoConfig(FabricConfig):
+    """On a CUDA device if there is one, else on the CPU."""
+
+    config_name: str = "auto"
+    accelerator: str = "auto"
+
+
+@dataclass(unsafe_hash=True)
+class GenConfig(Config):
+    """Sampling of shown texts, and of rollouts, which always sample; a model's own generation defaults never apply."""
+
+    max_new_tokens: int = option(64, "Longest generated response.", unit="tokens", minimum=1)
+    num_beams: int = option(1, "Beams of beam search; 1 is plain decoding.", minimum=1)
+    do_sample: bool = option(False, "Sample; false takes the likeliest token.")
+    top_k: int = option(0, "Sample among the k likeliest tokens; 0 is all.", minimum=0)
+    top_p: float = option(1.0, "Sample among the likeliest tokens of this total probability.", above=0.0, maximum=1.0)
+    temperature: float = option(1.0, "Divides the logits before sampling.", above=0.0)
+    engine: str = option(
+        "native",
+        "Sampler of rollouts: this project's, or transformers' generate, whose responses also depend on the number of "
+        "processes and on task.token_budget.",
+        choices=("native", "hf"),
+    )
+    stop_strings: list[str] = option(
+        help="A response ends, and counts as finished, when its text contains one of them; what is shown and scored is "
+        "the text before it.",
+        factory=list,
+    )
+
+
+@dataclass(unsafe_hash=True)
+class OptimizerConfig(Config):
+    """Options of every optimizer."""
+
+    torch_name: ClassVar[str] = ""  # class in torch.optim
+
+    config_name: str = option("???", "Name of this choice.")
+    lr: Optional[float] = option(None, "Peak learning rate; null: model.lr or model.lora_cfg.lr.", minimum=0.0)
+    weight_decay: float = option(0.0, "Weight decay of matrices (biases and norms have none).", minimum=0.0)
+    schedule: str = option(
+        "cosine",
+        "Shape of the learning rate after the warm-up; wsd is constant and then falls linearly.",
+        choices=("cosine", "linear", "constant", "wsd"),
+    )
+    decay_ratio: float = option(0.1, "Share of the steps in which wsd falls, rounded up.", minimum=0.0, maximum=1.0)
+    min_lr_ratio: float = option(0.0, "Last learning rate as a share of the peak.", minimum=0.0, maximum=1.0)
+
+
+@dataclass(unsafe_hash=True)
+class AdamWConfig(OptimizerConfig):
+    """AdamW (Loshchilov and Hutter, 2019), fused."""
+
+    torch_name: ClassVar[str] = "AdamW"
+
+    config_name: str = "adamw"
+    betas: tuple[float, float] = option((0.9, 0.999), "Decay of the two moment averages.")
+    eps: float = option(1e-8, "Added to the denominator.", above=0.0)
+    fused: bool = option(True, "Use torch's fused kernel.")
+
+
+@dataclass(unsafe_hash=True)
+class AdamConfig(OptimizerConfig):
+    """Adam (Kingma and Ba, 2015), fused."""
+
+    torch_name: ClassVar[str] = "Adam"
+
+    config_name: str = "adam"
+    betas: tuple[float, float] = option((0.9, 0.999), "Decay of the two moment averages.")
+    eps: float = option(1e-8, "Added to the denominator.", above=0.0)
+    fused: bool = option(True, "Use torch's fused kernel.")
+
+
+@dataclass(unsafe_hash=True)
+class AdamW8bitConfig(OptimizerConfig):
+    """AdamW with moments of 8 bits (Dettmers et al., 2022), by bitsandbytes; tensors below 4,096 numbers have 32."""
+
+    torch_name: ClassVar[str] = "AdamW8bit"  # class in bitsandbytes.optim
+
+    config_name: str = option("adamw_8bit", "Name of this choice.")
+    betas: tuple[float, float] = option((0.9, 0.999), "Decay of the two moment averages.")
+    eps: float = option(1e-8, "Added to the denominator.", above=0.0)
+
+
+@dataclass(unsafe_hash=True)
+class SGDConfig(OptimizerConfig):
+    """Stochastic gradient descent."""
+
+    torch_name: ClassVar[str] = "SGD"
+
+    config_name: str = "sgd"
+    lr: Optional[float] = option(1e-2, "Peak learning rate.", minimum=0.0)
+    momentum: float = option(0.0, "Momentum.", minimum=0.0, maximum=1.0)
+    nesterov: bool = option(False, "Nesterov's momentum; needs momentum above 0.")
+
 
 TRACKER_MODULES = {  # what each tracker of `log` needs, of the extra with its name
     "wandb": ("wandb",),

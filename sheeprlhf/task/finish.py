@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.config.model_lookup import Trained
+from sheeprlhf.config.overrides import changed_words, command, option_word
 from sheeprlhf.config.run_lookup import REPORT_FILE, REWARD_MODEL, scores_by_run
-from sheeprlhf.config.shell import changed_words, command, option_word
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.prompt_encoder import save_form
@@ -34,10 +34,9 @@ from sheeprlhf.reward.score import RawScores, Texts
 from sheeprlhf.rollout.engines import generate_responses
 from sheeprlhf.rollout.rollout import Rollout
 from sheeprlhf.security.json_records import DATA_REPORT, load_json
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.rollout import OnlineTaskConfig, environment_of
-from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.run import GenConfig, TrainConfig
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.task.memory_plan import step_plan
 from sheeprlhf.utils.end_tokens import end_token_ids

@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.model.memory import MemoryPlan, ModelSize, allocator_share, measure, plan, tokens_of_forward
-from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.reward import model_sources
 from sheeprlhf.structure.rollout import BestOfNConfig, DistillConfig, OnlineTaskConfig, PPOConfig, VLLMRolloutConfig
-from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.run import FabricConfig, TrainConfig
 from sheeprlhf.structure.task import DPOConfig, ILQLConfig
 
 SHARDED = ("weights", "gradients", "optimizer", "others")  # parts of the plan that fsdp2 cuts up

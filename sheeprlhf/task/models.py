@@ -24,8 +24,8 @@ from sheeprlhf.agent.reward import (
     separator_of,
 )
 from sheeprlhf.config.model_lookup import REWARD_MODEL, Trained, with_own_tokenizer
+from sheeprlhf.config.overrides import shell_word
 from sheeprlhf.config.run_lookup import is_same_model, saved_group
-from sheeprlhf.config.shell import shell_word
 from sheeprlhf.data.prepare import PreparedData, Stream, prepare_data, prepare_training_data
 from sheeprlhf.data.report import available_columns
 from sheeprlhf.data.store import TokenizedSplit

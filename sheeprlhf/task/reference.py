@@ -25,14 +25,13 @@ from sheeprlhf.engine.shard import equal_passes, sum_of_rows
 from sheeprlhf.engine.step import LossFn, MicroBatch
 from sheeprlhf.model.folder.weights import content
 from sheeprlhf.model.locate import locate_adapter
-from sheeprlhf.security.files import real_file
 from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS
 from sheeprlhf.security.pickled_weights import adapter_folder
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ModelError, Notify
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.modes import eval_mode, isolated_rng
-from sheeprlhf.utils.output import write_file
+from sheeprlhf.utils.output import real_file, write_file
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -14,7 +14,7 @@ from sheeprlhf.config.model_lookup import Trained
 from sheeprlhf.data.example import Example, collate_padded
 from sheeprlhf.data.prompt_encoder import FORMS, Asker, Turn, form_of, template_args_of
 from sheeprlhf.rollout.engines import StopStrings, stream_ids
-from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.task.models import load_trained
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError, DataError, Notify

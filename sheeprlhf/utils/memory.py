@@ -1,7 +1,11 @@
 """Memory: readable sizes, a process's peak, and out-of-memory errors that name the phase. Imports no torch."""
 
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -63,3 +67,59 @@ def peak_memory() -> int | None:
         found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
         return int(found[1]) << 10 if found else None
     return None
+
+
+def missing_modules(names: Iterable[str]) -> list[str]:
+    """Those top-level modules that are not installed; none is imported."""
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def cuda_device_count() -> int:
+    """CUDA devices that this process may use, from the driver itself; 0 without a driver."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
+        return 0
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def cuda_problem(devices: int | str | list[int] | None) -> str | None:
+    """The reason that `fabric.accelerator=cuda` cannot work with these devices; None if it can."""
+    count = cuda_device_count()
+    if count == 0:
+        return "fabric.accelerator=cuda: this machine has no usable CUDA device; give fabric=cpu"
+    if "+cpu" in importlib.metadata.version("torch"):
+        return "fabric.accelerator=cuda: the installed torch is a CPU build; install a CUDA build, or give fabric=cpu"
+    asked = devices if isinstance(devices, int) else max(devices) + 1 if isinstance(devices, list) else 1
+    if asked > count:
+        return f"fabric.devices needs {asked} CUDA device(s), this machine has {count}; give fabric.devices={count}"
+    return None
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory available to a new process, within its container's limit; None if unknown."""
+    room = [_field("/proc/meminfo", "MemAvailable:", 1024)]
+    for limit, used, statistics, cache in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):  # of the second and the first version of control groups
+        folder = "/sys/fs/cgroup"
+        most, now = _field(f"{folder}/{limit}"), _field(f"{folder}/{used}")
+        if most is not None and now is not None:
+            room.append(max(0, most - now + (_field(f"{folder}/{statistics}", cache) or 0)))
+    return min((value for value in room if value is not None), default=None)
+
+
+def _field(path: str, name: str = "", unit: int = 1) -> int | None:
+    """A number of a file: the one behind `name` at the start of a line, or the first; None if there is none."""
+    try:
+        with open(path, encoding="ascii") as file:
+            words = next((line.removeprefix(name).split() for line in file if line.startswith(name)), [])
+    except OSError:
+        return None
+    return int(words[0]) * unit if words and words[0].isdigit() else None

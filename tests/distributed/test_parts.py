@@ -19,9 +19,8 @@ from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.parts import keeps_parameters, write_model
 from sheeprlhf.model.folder.load import load_causal_lm
-from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import AutoModelConfig
-from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.structure.run import AdamWConfig, FabricConfig
 from tests.unit.engine.toy import on_ranks
 
 ModelFolder = Callable[..., Path]

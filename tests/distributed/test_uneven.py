@@ -19,8 +19,7 @@ from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.shard import gathered
 from sheeprlhf.engine.step import MicroBatch, evaluate, update
-from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.structure.run import AdamWConfig, FabricConfig
 from sheeprlhf.utils.errors import ConfigError
 from tests.unit.engine.toy import LENGTHS, Net, micro_batch, on_ranks, seed_all, toy_loss
 

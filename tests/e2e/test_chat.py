@@ -19,8 +19,8 @@ from sheeprlhf.config.model_lookup import Trained, find_trained
 from sheeprlhf.data.prompt_encoder import Turn
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.rollout.engines import generate_responses
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig, TinyConfig
+from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.task.text_generator import load_text_generator
 from sheeprlhf.utils.errors import DataError
 from tests.support.models import byte_tokenizer, make_model_folder

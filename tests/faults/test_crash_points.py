@@ -20,8 +20,7 @@ from sheeprlhf.engine.checkpoint import TrainState, latest_checkpoint, restore_l
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.step import update
-from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.structure.run import AdamWConfig, FabricConfig
 from sheeprlhf.utils import output
 from tests.unit.engine.toy import Net, micro_batch, toy_loss
 

@@ -25,8 +25,7 @@ from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.rundir import RunLock, choose_run_dir
 from sheeprlhf.engine.step import update
-from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.structure.run import AdamWConfig, FabricConfig
 from sheeprlhf.utils.errors import ConfigError, RunInUseError
 from tests.unit.config.test_registry import typed
 from tests.unit.engine.toy import Net, micro_batch, toy_loss

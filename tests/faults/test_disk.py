@@ -20,8 +20,7 @@ from sheeprlhf.engine.checkpoint import TrainState, save_checkpoint
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.manifest import verify_manifest
 from sheeprlhf.engine.optim import build_optimizer
-from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.structure.run import AdamWConfig, FabricConfig
 from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.utils.errors import CheckpointError
 from tests.support.jobs import JobServer

@@ -17,8 +17,7 @@ from sheeprlhf.engine.checkpoint import TrainState, latest_checkpoint, restore_l
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.step import update
-from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.structure.run import AdamWConfig, FabricConfig
 from tests.unit.engine.toy import NEEDS_FSDP2, Net, _rank_main, forkserver, micro_batch, seed_all, toy_loss
 
 STEPS, LONGEST = 100, 600.0  # optimizer steps; seconds of a run on a busy machine

@@ -19,10 +19,8 @@ from sheeprlhf.cli import run
 from sheeprlhf.engine.metrics import MetricWriter
 from sheeprlhf.engine.rundir import check_existing_run
 from sheeprlhf.structure.data import DocstringsConfig
-from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import TinyConfig
-from sheeprlhf.structure.optim import AdamWConfig
-from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.run import AdamWConfig, FabricConfig, TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import ConfigError, UnsafePathError
 from sheeprlhf.utils.output import create_file, make_folder, open_append, open_lock_file, safe_path, write_file

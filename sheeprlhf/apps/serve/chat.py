@@ -11,7 +11,7 @@ from sheeprlhf.config.model_lookup import find_trained
 from sheeprlhf.config.run_lookup import is_newest
 from sheeprlhf.security.redaction import plain_text
 from sheeprlhf.security.version_guard import check_versions
-from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.utils.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import gradio as gr
 from sheeprlhf.apps.serve.chat import sampling
 from sheeprlhf.data.prompt_encoder import Turn
 from sheeprlhf.security.redaction import plain_text
-from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.task.text_generator import RewardScorer, TextGenerator
 from sheeprlhf.utils.errors import DataError
 

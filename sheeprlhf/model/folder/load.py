@@ -27,13 +27,13 @@ from sheeprlhf.model.folder.weights import (
     too_few_rows,
 )
 from sheeprlhf.model.rms_norm import replace_rms_norms
-from sheeprlhf.security.files import read_small
 from sheeprlhf.security.model_folder import MAX_TEMPLATE, check_templates, check_tokenizer, read_json
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.chat_templates import FOLDER, OPTION, SUFFIX, built_in_templates, own_templates, template_names
 from sheeprlhf.utils.end_tokens import set_configured_end_ids
 from sheeprlhf.utils.errors import ModelError, Notify
 from sheeprlhf.utils.home import EMBEDDED, expand_home
+from sheeprlhf.utils.output import read_small
 from sheeprlhf.utils.vocabulary import add_special_tokens, num_rows_needed, template_tokens
 
 _END_ID_FILES = ("generation_config.json", "config.json")

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from sheeprlhf.config.overrides import command, option_word
 from sheeprlhf.config.run_lookup import model_options
-from sheeprlhf.config.shell import command, option_word
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.data.tokenize import SpecialIds

@@ -21,8 +21,8 @@ from sheeprlhf.model.folder.weights import check_weights
 from sheeprlhf.rollout.engines import generate_ids, stream_ids
 from sheeprlhf.rollout.padded_decoders import PaddedDecoder, RecomputedDecoder, unpacked_decoder
 from sheeprlhf.rollout.sampler import engine_of, sample_responses
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.utils.errors import ModelError
 from tests.support.models import EXPERTS, FAMILIES, UNPACKED, make_model_folder
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sheeprlhf.apps import doctor
 from sheeprlhf.cli import run
-from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.run import FabricConfig
 from tests.support.runs import write_rows
 
 ModelFolder = Callable[..., Path]

@@ -8,7 +8,7 @@ import pytest
 
 from sheeprlhf.config import path_checks as places
 from sheeprlhf.config.option_checks import near_path
-from sheeprlhf.utils import hardware as machine
+from sheeprlhf.utils import memory as machine
 from tests.support.runs import exit_code
 from tests.unit.cli.bad_lines import BAD, Asker
 

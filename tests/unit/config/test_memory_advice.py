@@ -8,13 +8,10 @@ from sheeprlhf.config.memory_advice import advice, memory_reductions, words
 from sheeprlhf.config.registry import replace_options
 from sheeprlhf.config.validate import validate
 from sheeprlhf.structure.data import LocalDataConfig
-from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig, TinyConfig
-from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.rollout import LocalRolloutConfig
-from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.run import AdamWConfig, FabricConfig, GenConfig, TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 
 

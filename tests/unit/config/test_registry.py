@@ -62,9 +62,9 @@ def every_choice():
 
 @pytest.mark.parametrize(("verb", "chosen"), list(every_choice()), ids=str)
 def test_every_choice_composes_and_is_valid(verb, chosen, tmp_path, monkeypatch):
-    monkeypatch.setattr("sheeprlhf.utils.hardware.cuda_device_count", lambda: 8)
+    monkeypatch.setattr("sheeprlhf.utils.memory.cuda_device_count", lambda: 8)
     monkeypatch.setattr("sheeprlhf.config.validate.missing_modules", lambda modules: [])  # optional packages
-    monkeypatch.setattr("sheeprlhf.utils.hardware.importlib.metadata.version", lambda package: "2.13.0")
+    monkeypatch.setattr("sheeprlhf.utils.memory.importlib.metadata.version", lambda package: "2.13.0")
     (tmp_path / "rows.jsonl").write_text("")
     words = {"task": "perplexity" if verb == "eval" else "sft", "model": "tiny", "data": "docstrings", **chosen}
     if "reward" in chosen or chosen.get("rollout") == "vllm":

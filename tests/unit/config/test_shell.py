@@ -11,15 +11,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sheeprlhf.apps.arguments import parse_args
 from sheeprlhf.config.compose import Source, check, compose_job
+from sheeprlhf.config.overrides import changed_words, command, hydra_value, option_word, shell_word
 from sheeprlhf.config.registry import config_to_dict
-from sheeprlhf.config.shell import changed_words, command, hydra_value, option_word, shell_word
 from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.structure.data import DocstringsConfig, LocalDataConfig
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.reward import FunctionRewardConfig
 from sheeprlhf.structure.rollout import BestOfNConfig, GRPOConfig
-from sheeprlhf.structure.run import EvalConfig, TrainConfig
+from sheeprlhf.structure.run import EvalConfig, GenConfig, TrainConfig
 from sheeprlhf.task.finish import evaluation_of
 from sheeprlhf.utils.errors import ConfigError
 from tests.support.models import byte_tokenizer, make_model_folder

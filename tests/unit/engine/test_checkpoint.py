@@ -26,8 +26,7 @@ from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.manifest import MANIFEST, read_manifest, verify_manifest, write_folder, write_manifest
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.step import update
-from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.structure.run import AdamWConfig, FabricConfig
 from sheeprlhf.utils.errors import CheckpointError, UnsafePathError
 from sheeprlhf.utils.output import MARKER, sweep_scratch
 from tests.unit.engine.toy import Net, micro_batch, toy_loss

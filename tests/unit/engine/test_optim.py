@@ -7,7 +7,7 @@ from transformers import TrainingArguments, get_wsd_schedule
 
 from sheeprlhf.engine.checkpoint import load_optimizer, optimizer_tensors
 from sheeprlhf.engine.optim import build_optimizer, follow_schedule, lr_factor
-from sheeprlhf.structure.optim import AdamConfig, AdamW8bitConfig, AdamWConfig, SGDConfig
+from sheeprlhf.structure.run import AdamConfig, AdamW8bitConfig, AdamWConfig, SGDConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import CheckpointError
 from tests.unit.engine.toy import Net

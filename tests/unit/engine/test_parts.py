@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.parts import create_tensor_file, write_rows, write_together
-from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.run import FabricConfig
 from sheeprlhf.utils.errors import CheckpointError
 
 DTYPES = ("int64", "float64", "float32", "int32", "bfloat16", "float16", "int16", "int8", "uint8", "bool")

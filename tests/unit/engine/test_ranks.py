@@ -18,7 +18,7 @@ import torch
 import sheeprlhf.engine.ranks as ranks
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.ranks import Peer, RollCall, join_ranks, missing_ranks_named
-from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.run import FabricConfig
 from sheeprlhf.utils.errors import ConfigError, MissingRanksError
 from tests.unit.engine.toy import NEEDS_FSDP2, forkserver, on_ranks, train_toy, train_toy_on
 

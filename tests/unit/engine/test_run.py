@@ -15,10 +15,8 @@ from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.run import noted_signals, open_run
 from sheeprlhf.engine.step import update
 from sheeprlhf.structure.data import LocalDataConfig
-from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import TinyConfig
-from sheeprlhf.structure.optim import AdamWConfig
-from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.run import AdamWConfig, FabricConfig, TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import ConfigError, Interrupted
 from sheeprlhf.utils.processes import STOP_SIGNALS, die_with_parent, ignored, noted_stop, reliable_sigint

@@ -24,10 +24,8 @@ from sheeprlhf.engine.rundir import (
     read_run,
 )
 from sheeprlhf.structure.data import DocstringsConfig
-from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import TinyConfig
-from sheeprlhf.structure.optim import AdamWConfig
-from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.run import AdamWConfig, FabricConfig, TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError, RunInUseError, UnsafePathError
 from tests.unit.engine.toy import forkserver

@@ -14,7 +14,7 @@ from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.parts import create_tensor_file, write_rows
 from sheeprlhf.engine.ranks import make_mesh
 from sheeprlhf.engine.shard import cut_like, division_problem, part_of, shard_module, tensor_plan
-from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.run import FabricConfig
 from sheeprlhf.utils.errors import ModelError
 from tests.support.models import ARCHITECTURES, EXPERTS, FAMILIES
 from tests.unit.engine.toy import NEEDS_FSDP2

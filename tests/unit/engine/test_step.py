@@ -10,7 +10,7 @@ from torch import nn
 
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.step import LossOutput, MicroBatch, add_gradients, evaluate, update
-from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.run import FabricConfig
 from sheeprlhf.utils.errors import DataError, NonFiniteError
 from sheeprlhf.utils.modes import eval_mode, isolated_rng, rng_state
 from tests.unit.engine.toy import Net, micro_batch, noisy_loss, toy_loss

@@ -21,8 +21,7 @@ from sheeprlhf.engine.checkpoint import TrainState, restore_latest, save_checkpo
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import build_optimizer, follow_schedule
 from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate, update
-from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.structure.run import AdamWConfig, FabricConfig
 
 NEEDS_FSDP2 = pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="fsdp2 needs torch 2.13")
 HASH = "toy"

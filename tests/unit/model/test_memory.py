@@ -26,7 +26,7 @@ from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
 from sheeprlhf.model.lm_head import MAX_LOGITS, backbone_and_head
 from sheeprlhf.model.memory import LIBRARIES, NO_HOLES, ModelSize, measure, optimizer_bytes, plan
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
-from sheeprlhf.structure.optim import AdamConfig, AdamWConfig, OptimizerConfig, SGDConfig
+from sheeprlhf.structure.run import AdamConfig, AdamWConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.utils.processes import reliable_sigint
 from tests.support.batches import random_examples
 from tests.support.models import ARCHITECTURES

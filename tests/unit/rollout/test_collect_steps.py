@@ -30,13 +30,10 @@ from sheeprlhf.rollout.rollout import (
     sampling_uniforms,
 )
 from sheeprlhf.structure.data import LocalDataConfig
-from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig
-from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.reward import FunctionRewardConfig, ListRewardConfig, ModelRewardConfig
 from sheeprlhf.structure.rollout import RLOOConfig
-from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.run import AdamWConfig, FabricConfig, GenConfig, TrainConfig
 from sheeprlhf.task.finish import sample_table
 from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError
 from tests.support.models import EOS

@@ -12,8 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
 from sheeprlhf.rollout import engines
 from sheeprlhf.rollout.engines import generate_responses
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.run import GenConfig
 from tests.support.models import EOS, VOCAB
 
 ModelFolder = Callable[..., Path]

@@ -18,9 +18,9 @@ from sheeprlhf.model.adapter import add_lora
 from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
 from sheeprlhf.rollout.engines import StopStrings, generate_responses
 from sheeprlhf.rollout.sampler import Sampled, draw, prompt_groups, sample_responses
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import LORAConfig, ModelConfig, TinyConfig
 from sheeprlhf.structure.reward import FunctionRewardConfig
+from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.task.finish import sample_table
 from sheeprlhf.utils.errors import ConfigError
 from tests.support.models import ARCHITECTURES, EOS, PAD, VOCAB, byte_tokenizer

@@ -23,13 +23,10 @@ from sheeprlhf.rollout.rollout import sampling_uniforms
 from sheeprlhf.rollout.sampler import Sampled
 from sheeprlhf.rollout.server import RolloutServers
 from sheeprlhf.structure.data import LocalDataConfig
-from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig, LORAConfig
-from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.rollout import GRPOConfig, VLLMRolloutConfig
-from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.run import AdamWConfig, FabricConfig, GenConfig, TrainConfig
 from sheeprlhf.utils.errors import RolloutMismatchError, RolloutServerError
 from tests.support.models import EOS, make_model_folder
 from tests.support.vllm_server import LOADING, FakeNCCL, VLLMServer, vllm_server

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from sheeprlhf.model.folder.load import load_causal_lm
 from sheeprlhf.rollout.engines import generate_ids, stream_ids
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig
+from sheeprlhf.structure.run import GenConfig
 from tests.support.models import EOS, VOCAB, byte_tokenizer
 
 PROMPT = np.frombuffer(b"a prompt", dtype=np.uint8).astype(np.int32)

@@ -20,9 +20,9 @@ from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.reward.score import Texts
 from sheeprlhf.rollout.rollout import Rollout, predict_scores
-from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.rollout import RLOOConfig
+from sheeprlhf.structure.run import FabricConfig
 from sheeprlhf.utils.errors import ModelError, RewardError
 from tests.e2e.test_best_of_n import words as best_of_n_words
 from tests.support.models import BOS, EOS, byte_tokenizer, make_model_folder

@@ -18,7 +18,6 @@ from sheeprlhf.loss.ppo import cispo_losses, policy_losses, with_mean_ratio
 from sheeprlhf.model.lm_head import TokenLogprobs
 from sheeprlhf.reward.score import RawScores, Texts
 from sheeprlhf.rollout.rollout import Rollout
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.rollout import (
     DistillConfig,
     GRPOConfig,
@@ -27,6 +26,7 @@ from sheeprlhf.structure.rollout import (
     ReinforcePPConfig,
     RLOOConfig,
 )
+from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.task.train import distill, grpo, reinforce_pp
 from sheeprlhf.task.train.grpo import grpo_loss
 from sheeprlhf.task.train.online_dpo import online_dpo_loss, ranked_pairs

@@ -12,10 +12,8 @@ from sheeprlhf.agent.policy import load_policy
 from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.data import LocalDataConfig
-from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.optim import AdamWConfig
-from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.run import AdamWConfig, FabricConfig, TrainConfig
 from sheeprlhf.structure.task import ILQLConfig
 from sheeprlhf.task.memory_plan import step_plan
 from sheeprlhf.task.train.ilql import ILQLModel, ilql_loss, rewards_of

@@ -20,8 +20,8 @@ from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.store import MismatchedSplit
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.step import evaluate, update
-from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import AutoModelConfig
+from sheeprlhf.structure.run import FabricConfig
 from sheeprlhf.structure.task import KTOConfig
 from sheeprlhf.task.reference import reference_logprobs, reference_logprobs_of
 from sheeprlhf.task.train.kto import by_label, estimate_kl, kto_loss, weights_warning

@@ -15,8 +15,8 @@ from torch.testing import assert_close
 from sheeprlhf.data.sampler import RolloutPlan, StepPlan
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.rollout.rollout import Rollout
-from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.rollout import GRPOConfig, OnlineDPOConfig, OnlineTaskConfig
+from sheeprlhf.structure.run import AdamWConfig
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.task import finish
 from sheeprlhf.task.eval.rouge import baseline_responses, name_words

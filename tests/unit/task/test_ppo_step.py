@@ -24,9 +24,8 @@ from sheeprlhf.model.attention import PACKED, register
 from sheeprlhf.model.folder.weights import HEAD
 from sheeprlhf.model.lm_head import backbone_and_head, scalar_model
 from sheeprlhf.rollout.rollout import Rollout, token_values
-from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.rollout import PPOConfig, ReinforcePPConfig
+from sheeprlhf.structure.run import AdamWConfig, FabricConfig
 from sheeprlhf.task.train import reinforce_pp
 from sheeprlhf.task.train.ppo import policy_loss, ptx_loss, value_loss, with_advantages
 

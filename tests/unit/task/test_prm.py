@@ -21,9 +21,9 @@ from sheeprlhf.model.attention import PACKED, register
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.rollout.rollout import Rollout, response_scores
 from sheeprlhf.structure.data import LocalDataConfig
-from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.rollout import PPOConfig
+from sheeprlhf.structure.run import FabricConfig
 from sheeprlhf.task.eval.steps import step_figures
 from sheeprlhf.task.train.prm import prm_loss
 from tests.support.models import BOS, EOS, byte_tokenizer, make_model_folder

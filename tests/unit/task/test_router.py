@@ -17,8 +17,8 @@ from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.step import MicroBatch, update
 from sheeprlhf.loss.sft import RouterLoss, expert_counts, probability_sums
 from sheeprlhf.model.folder.load import load_tokenizer
-from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.run import FabricConfig
 from sheeprlhf.task.train.sft import router_loss_of, router_loss_of_step, sft_loss
 from tests.support.batches import random_examples
 from tests.support.models import EXPERTS

@@ -8,12 +8,10 @@ import pytest
 
 from sheeprlhf.model.memory import ModelSize, measure
 from sheeprlhf.structure.data import LocalDataConfig
-from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import AutoModelConfig, LORAConfig, ModelConfig
-from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.reward import FunctionRewardConfig, ModelRewardConfig, NoRewardConfig
 from sheeprlhf.structure.rollout import DistillConfig, GRPOConfig, PPOConfig, VLLMRolloutConfig
-from sheeprlhf.structure.run import ClusterConfig, DoctorConfig, TrainConfig
+from sheeprlhf.structure.run import AdamWConfig, ClusterConfig, DoctorConfig, FabricConfig, TrainConfig
 from sheeprlhf.structure.task import DPOConfig, RMConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.task.memory_plan import passes_of_rank, rows_of_forward, step_plan
 from sheeprlhf.task.scale_plan import dry_step, step_time, traffic

@@ -23,9 +23,9 @@ from sheeprlhf.rollout.engines import StopStrings, generate_ids, generate_respon
 from sheeprlhf.rollout.rollout import decode_rollout, to_rollout
 from sheeprlhf.rollout.sampler import Sampled, engine_of
 from sheeprlhf.structure.data import LocalDataConfig
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.reward import FunctionRewardConfig
+from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.task.eval.reward import references_of
 from sheeprlhf.utils.end_tokens import end_tokens, response_end, set_configured_end_ids
 from tests.support.models import BOS, EOS, PAD, byte_tokenizer

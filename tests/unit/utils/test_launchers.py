@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.config.processes import with_launched_processes
-from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.run import EvalConfig, TrainConfig
-from sheeprlhf.utils import hardware as machine
+from sheeprlhf.structure.run import EvalConfig, FabricConfig, TrainConfig
+from sheeprlhf.utils import memory as machine
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.hardware import available_memory
 from sheeprlhf.utils.launchers import (
     LauncherError,
     check_alone,
@@ -23,6 +21,7 @@ from sheeprlhf.utils.launchers import (
     meeting_port,
     stale_note,
 )
+from sheeprlhf.utils.memory import available_memory
 
 MEET = "MASTER_ADDR=10.0.0.1 MASTER_PORT=29500"
 TORCHRUN = "RANK=3 WORLD_SIZE=4 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2 GROUP_RANK=1 GROUP_WORLD_SIZE=2"

@@ -22,8 +22,8 @@ from sheeprlhf.model.folder.weights import check_vocabulary
 from sheeprlhf.model.lm_head import head_logprobs
 from sheeprlhf.rollout.engines import generate_ids, stream_ids
 from sheeprlhf.rollout.sampler import engine_of, sample_responses
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig
+from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.vocabulary import defined_ids, num_rows_needed, undefined_ids
 from tests.support.models import VOCAB, byte_tokenizer
