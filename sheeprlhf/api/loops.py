@@ -37,6 +37,7 @@ from sheeprlhf.utils.lightning import move_data_to_device
 from sheeprlhf.utils.vocabulary import ResponseDecoder
 
 _TASKS = {"sft": "sft", "preference": "dpo", "unpaired": "kto", "prompts": "grpo"}
+_TASKS |= {"rewarded": "ilql", "stepwise": "prm"}
 
 
 class Samples(NamedTuple):

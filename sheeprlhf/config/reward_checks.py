@@ -457,13 +457,15 @@ def environment_problems(config: TrainConfig | EvalConfig | InspectConfig) -> It
         did = did_you_mean(source, list(ENVIRONMENTS), "it", key="rollout.environment=")
         yield f"{given} is unknown: {did} may be {', '.join(ENVIRONMENTS)}, or a class of yours as package.module:Class"
     if isinstance(config, EvalConfig):
-        if not isinstance(config.task, RewardConfig | GenerateConfig):
-            yield unread(given, f"by task={config.task.config_name}", "task=reward or generate")
+        if not isinstance(config.task, RewardConfig | GenerateConfig | FrontierConfig):
+            yield unread(given, f"by task={config.task.config_name}", "task=reward, frontier or generate")
         elif config.task.writes == "text" and config.generation.num_beams > 1:
             yield f"{given} is not supported by generation.num_beams={config.generation.num_beams}: remove one of them"
         return
-    if not isinstance(config.task, RatioTaskConfig) or isinstance(config.task, DistillConfig):
-        yield unread(given, f"by task={config.task.config_name}", "task=grpo, rloo, reinforce_pp or ppo")
+    if isinstance(config.task, BestOfNConfig):
+        yield f"{given}: task=best_of_n writes rows to fine-tune on, which cannot leave out results: remove one of them"
+    elif not isinstance(config.task, OnlineTaskConfig):
+        yield unread(given, f"by task={config.task.config_name}", "task=grpo, rloo, reinforce_pp, ppo or online_dpo")
     if isinstance(config, TrainConfig) and config.generation.engine != "native":
         yield f"{given} is not supported by generation.engine={config.generation.engine}: give generation.engine=native"
 

@@ -118,11 +118,19 @@ def test_grpo_learns_from_sampled_tokens_and_resumes_after_a_kill(
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("task", ["ppo", "rloo", "reinforce_pp"])
+@pytest.mark.parametrize("task", ["ppo", "rloo", "reinforce_pp", "online_dpo", "distill"])
 def test_other_tasks_skip_the_tokens_of_the_environment(task: str, setting: tuple[Path, Path], tmp_path: Path) -> None:
-    words = [*WORDS, "task.max_num_steps=4", "task.init_kl_coeff=0.5", "optim.lr=0"]
+    words = [*WORDS, "task.max_num_steps=4", "optim.lr=0"]
+    words += [f"task.teacher={setting[0]}", "reward=function"] if task == "distill" else []
+    words += ["task.init_kl_coeff=0.5"] if task in ("ppo", "rloo", "reinforce_pp") else []
     rows = saved(train(*setting, tmp_path / "run", *words, task=task))
     check_rows(rows, setting[0])
+    if task == "online_dpo":  # nothing was learned: the same scores as the run's rollouts, and no divergence
+        words = ["task=frontier", f"experiment_dir={tmp_path / 'run'}", *WORDS[:2], "reward=function", "task.best_of=2"]
+        assert exit_code(["eval", *words, *WORDS[2:4], "rollout.max_turns=4"]) == 0
+        [path] = (tmp_path / "run" / "eval").glob("frontier*.json")
+        points = json.loads(path.read_text())["points"]
+        assert points[-1]["kl"] == pytest.approx(0.0, abs=1e-4) and points[-1]["score"] > 0.1
     if task == "rloo":
         for first, second in zip(rows[::2], rows[1::2], strict=True):
             difference = first["score"] - second["score"]
@@ -274,13 +282,13 @@ def test_options_are_checked_before_a_model_loads(
     assert all(one in error for one in named), error
 
 
-def test_a_task_without_ratios_and_a_file_are_rejected(
+def test_a_task_without_rollouts_and_a_file_are_rejected(
     tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "7"}\n' * 8)
     words = ["rollout.environment=calculator"]
-    line = train_words(model_folder(), tmp_path / "rows.jsonl", tmp_path / "run", *words, task="online_dpo")
-    assert "task=online_dpo" in rejected(line, capsys)
+    line = train_words(model_folder(), tmp_path / "rows.jsonl", tmp_path / "run", *words)
+    assert "task=sft" in rejected(line, capsys)
     (tmp_path / "experiment").mkdir()
     recipe = "# @package _global_\nrollout:\n  environment: tests.support.environments:Lengths\n"
     (tmp_path / "experiment" / "mine.yaml").write_text(recipe)

@@ -35,9 +35,10 @@ def ranked_pairs(rollout: Rollout) -> Rollout | None:
         best, worst = (row.responses[index] for index in pair)
         if np.array_equal(best, worst):  # where all scores are equal, both are the first
             continue
-        borders = np.cumsum([len(response) for response in row.responses])[:-1]
-        by_response = np.split(rollout.tokens["reference"][number], borders)
-        rows.append(row._replace(responses=(best, worst)))
+        masks = row.masks()
+        by_response = np.split(rollout.tokens["reference"][number], np.cumsum([mask.sum() for mask in masks])[:-1])
+        trained = None if row.trained is None else np.concatenate([masks[index] for index in pair])
+        rows.append(row._replace(responses=(best, worst), trained=trained))
         tokens.append(np.concatenate([by_response[index] for index in pair]))
     if not rows:
         return None

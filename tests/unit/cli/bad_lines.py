@@ -227,7 +227,7 @@ BAD = [
     ("train task=distill task.teacher=./nowhere", ["task.teacher=./nowhere"]),
     ("train task=grpo reward=none", ["reward=none", "reward=model"]),
     ("train task=ilql model.finetune_mode=LORA", ["model.finetune_mode=ALL"]),
-    ("train task=distill task.teacher=@/notes.txt rollout.environment=calculator", ["rollout.environment=calculator"]),
+    ("train task=best_of_n rollout.environment=calculator", ["rollout.environment=calculator", "task=best_of_n"]),
     ("train task=prm", ["data=docstrings", "data=local"]),
     (
         "train task=sft data=local data.train_file=@/rows.jsonl data.step_separator=x",

@@ -353,3 +353,8 @@ def test_the_best_and_the_worst_response_are_a_pair() -> None:
     assert [[r.tolist() for r in one.responses] for one in found.rows] == [[[3, 3, 3], [2, 2]], [[1], [9, 9]]]
     assert [tokens.tolist() for tokens in found.tokens["reference"]] == [[30, 31, 32, 20, 21], [10, 90, 91]]
     assert ranked_pairs(Rollout(rows[1:2], scores[1:2], scores[1:2] > 0, {"reference": reference[1:2]})) is None
+    episode, numbers = rows[0]._replace(trained=np.array([1, 1, 0, 1, 0, 1], bool)), np.array([10.0, 20, 30, 32])
+    pairs = ranked_pairs(Rollout((episode,), scores[:1], scores[:1] > 0, {"reference": (numbers,)}))
+    assert pairs is not None
+    assert [mask.tolist() for mask in pairs.rows[0].masks()] == [[True, False, True], [True, False]]
+    assert pairs.tokens["reference"][0].tolist() == [30, 32, 20]
