@@ -61,8 +61,10 @@ def plain(model_folder: ModelFolder, adapter: Path) -> PeftModel:
         ("dpo", "LORA"),
         ("ppo", "LORA"),
         ("sft", "ALL"),
-        pytest.param("ppo", "ALL", marks=pytest.mark.slow),
-        *(pytest.param(*case, marks=pytest.mark.nightly) for case in (("grpo", "LORA"), ("dpo", "ALL"))),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in (("grpo", "LORA"), ("dpo", "ALL"), ("ppo", "ALL"))
+        ),
     ],
 )
 def test_training_starts_from_the_adapter_and_is_measured_against_it(

@@ -134,7 +134,7 @@ CONSTANT = "optim.schedule=constant"
     [
         ("sft", ["task.max_num_steps=6"], ["task.max_num_steps=11"], 11),
         pytest.param("dpo", ["task.epochs=1"], ["task.epochs=2"], 16, marks=pytest.mark.nightly),
-        pytest.param("grpo", ["task.max_num_steps=4"], ["task.max_num_steps=8"], 8, marks=pytest.mark.slow),
+        pytest.param("grpo", ["task.max_num_steps=4"], ["task.max_num_steps=8"], 8, marks=pytest.mark.nightly),
     ],
 )
 def test_an_extended_run_is_the_longer_run_bit_for_bit(

@@ -25,7 +25,7 @@ OF_TASK = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_teacher_is_approached(tmp_path: Path, model_folder: ModelFolder) -> None:
     """The divergence from another random model, nats a response, falls to a small part of what it was."""
     words = [f"task.teacher={model_folder('gpt2')}", "generation.max_new_tokens=2", "optim.lr=5e-3"]

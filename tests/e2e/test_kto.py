@@ -23,7 +23,9 @@ NAMES = {
 
 
 @pytest.mark.parametrize(
-    "options", [[], pytest.param([*LORA, "task.batching=padded"], marks=pytest.mark.slow)], ids=["all", "lora, padded"]
+    "options",
+    [[], pytest.param([*LORA, "task.batching=padded"], marks=pytest.mark.nightly)],
+    ids=["all", "lora, padded"],
 )
 def test_it_begins_at_half_the_weight_and_learns_the_labels(
     options: list[str], tmp_path: Path, model_folder: ModelFolder

@@ -36,7 +36,9 @@ ASSETS = Path(sheeprlhf.assets.__file__).parent
 
 
 def words(url: str, *extra: str) -> list[str]:
-    return ["rollout=vllm", f"rollout.urls=[{url}]", "task.max_num_steps=12", "task.save_interval=99", *extra]
+    """Three rollouts of 6 prompts, 2 optimizer steps on each."""
+    size = ["task.rollout_size=12", "task.max_num_steps=6", "task.save_interval=99"]
+    return ["rollout=vllm", f"rollout.urls=[{url}]", *size, *extra]
 
 
 def test_a_run_stops_without_a_server_and_goes_on_where_it_was(tmp_path: Path, model_folder: ModelFolder) -> None:
@@ -55,7 +57,7 @@ def test_a_run_stops_without_a_server_and_goes_on_where_it_was(tmp_path: Path, m
         server.fault = lambda path, number: 400 if path == GENERATE and number > asked // 3 else None
         line = train_words(model, data, tmp_path / "run", *words(server.url), task="grpo")
         assert exit_code(line) == 1
-        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-4"]
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
         server.fault = lambda path, number: None
         train(model, data, tmp_path / "run", *words(server.url, "resume=true"), task="grpo")
         assert digests(tmp_path / "run" / "final") == digests(whole / "final")
@@ -95,7 +97,7 @@ def test_sampled_rollouts_survive_a_kill(
     The resumed run asks for no rollout that was sampled, and its result is that of the whole run.
     """
     model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
-    options = [f"rollout.max_staleness={staleness}", "task.max_num_steps=20", "task.save_interval=8"]
+    options = [f"rollout.max_staleness={staleness}", "task.max_num_steps=10", "task.save_interval=4"]
     options += ["task.eval_interval=99", "optim.lr=1e-2", "task.save_rollouts=5"]
 
     def rollouts(run_dir: Path) -> list[Any]:
@@ -110,7 +112,7 @@ def test_sampled_rollouts_survive_a_kill(
 
         def stopped(self: RolloutLoop, *given: Any) -> dict[str, float]:
             steps["all"] += 1
-            if steps["all"] == 14:
+            if steps["all"] == 7:
                 self.collect.servers.finish_pending()
                 raise RuntimeError("killed")
             return own(self, *given)
@@ -129,12 +131,12 @@ def test_sampled_rollouts_survive_a_kill(
     assert figures(whole).get("rollout/staleness", []) == stale
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_equal_one(tmp_path: Path, model_folder: ModelFolder, server: JobServer) -> None:
     """Rank zero alone asks; both learn from the same responses."""
     model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
     with vllm_server(model) as served:
-        more = words(served.url, "task.max_num_steps=8", "reward.path=tests.support.rewards:spread")
+        more = words(served.url, "task.max_num_steps=4", "reward.path=tests.support.rewards:spread")
         job = server.start_ranks(train_words(model, data, tmp_path / "two", *more, task="grpo"), tmp_path / "log", 2)
         assert job.wait(300) == 0, job.text()
         asked = served.requests.count(GENERATE)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sheeprlhf.task import loop
 from sheeprlhf.task.finish import saved_rollouts
 from tests.support.rewards import letters
-from tests.support.runs import figures, train, write_pairs, write_rows
+from tests.support.runs import figures, train, write_rows
 
 ModelFolder = Callable[..., Path]
 SHORT = ["task.max_num_steps=12", "task.save_interval=4"]  # three rollouts of 12 prompts with 2 responses each
@@ -41,7 +41,9 @@ def test_the_saved_rollouts_are_spread_evenly(num_rollouts: int, count: int, exp
     assert saved_rollouts(num_rollouts, count) == set(expected)
 
 
-@pytest.mark.parametrize("task", ["grpo", "ppo", "online_dpo", pytest.param("rloo", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "task", ["grpo", "ppo", *(pytest.param(task, marks=pytest.mark.nightly) for task in ("online_dpo", "rloo"))]
+)
 def test_rows_hold_what_the_models_computed(task: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     model = model_folder()
     words = [*SHORT, "task.save_rollouts=2", "reward.clip=0.5"]
@@ -105,10 +107,10 @@ def test_a_resumed_run_leaves_the_same_rows_once(
     assert found.keys() == expected.keys() and all(found[name].equals(expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("task", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("task", ["sft", "grpo"])
 def test_epoch_speed_and_memory_are_logged(task: str, tmp_path: Path, model_folder: ModelFolder) -> None:
-    """48 rows: of SFT and DPO 6 a step, of GRPO 12 prompts a rollout of 4 steps."""
-    data = (write_pairs if task == "dpo" else write_rows)(tmp_path / "rows.jsonl")
+    """48 rows: of SFT 6 a step, of GRPO 12 prompts a rollout of 4 steps."""
+    data = write_rows(tmp_path / "rows.jsonl")
     found = figures(train(model_folder(), data, tmp_path / "run", "task.max_num_steps=12", task=task))
     epochs = [0.25, 0.5, 0.75] if task == "grpo" else [step / 8 for step in range(1, 13)]
     assert found["train/epoch"] == pytest.approx(epochs)

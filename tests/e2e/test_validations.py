@@ -58,8 +58,7 @@ def test_a_resumed_run_stops_where_the_whole_one_does(tmp_path: Path, model_fold
     [
         "sft",
         "dpo",
-        pytest.param("ppo", marks=pytest.mark.slow),
-        *(pytest.param(task, marks=pytest.mark.nightly) for task in ("rm", "kto")),
+        *(pytest.param(task, marks=pytest.mark.nightly) for task in ("rm", "kto", "ppo")),
     ],
 )
 def test_validation_before_the_first_step_changes_nothing_else(

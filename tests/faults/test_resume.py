@@ -108,7 +108,7 @@ def check_resume_at(
     "variant", [pytest.param(v, marks=() if v in PLAIN else pytest.mark.slow) for v in VARIANTS if v not in NIGHTLY]
 )
 def test_resume_at_chosen_steps_is_bit_identical(variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
-    check_resume_at((6,), variant, tmp_path, model_folder, last=12, interval=2)
+    check_resume_at((6,), variant, tmp_path, model_folder, last=12 if variant == "ppo" else 8, interval=2)
 
 
 def test_a_mixture_of_datasets_is_resumed(tmp_path: Path, model_folder: ModelFolder) -> None:

@@ -88,5 +88,5 @@ def main() -> None:
     """Print the problems of each loss as JSON."""
     _setup_privateuseone_for_python_backend(rename=DEVICE, hook=_Hook(), backend_module=_Module())
     with tempfile.TemporaryDirectory() as temporary:
-        found = {name: problems_of(name, Path(temporary, str(i))) for i, name in enumerate(LOSSES)}
+        found = {name: problems_of(name, Path(temporary)) for name in LOSSES}
     json.dump(found, sys.stdout)

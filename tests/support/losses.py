@@ -80,10 +80,13 @@ class LossCase(NamedTuple):
 
 
 def loss_case(name: str, folder: Path) -> LossCase:
-    """A packed batch of two rows, and a tiny Llama or reward model that is saved in the folder first."""
+    """A packed batch of two rows, and a tiny Llama or reward model, which the first case saves in the folder."""
     loss_fn, targets, needed = LOSSES[name]
     scores = targets in ("last", "scores")
-    cfg = ModelConfig(config_name="auto", repo_name=str(make_model_folder(folder, "llama", scores=scores)))
+    saved = folder / ("reward" if scores else "policy")
+    if not saved.is_dir():
+        make_model_folder(saved, "llama", scores=scores)
+    cfg = ModelConfig(config_name="auto", repo_name=str(saved))
     load = load_reward_model if scores else load_policy
     module = load(cfg, load_tokenizer(cfg), longest=64, batching="packed")[0]
     batch = collate_packed(_examples(1 if needed == "per token" and name != "online_dpo" else 2), targets=targets)

@@ -115,7 +115,7 @@ exec({STUB!r}, vars(stub))
     [
         pytest.param("torchrun", marks=pytest.mark.nightly),
         pytest.param("srun", marks=pytest.mark.slow),
-        pytest.param("mpirun", marks=pytest.mark.slow),
+        pytest.param("mpirun", marks=pytest.mark.nightly),
     ],
 )
 def test_processes_of_a_launcher_train_together(launcher, server, tmp_path):

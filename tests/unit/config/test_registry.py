@@ -104,7 +104,7 @@ def check_pipeline(name, monkeypatch):
 def config_files():
     """All files of configs/; of pipelines, whose stages are composed too, most are `nightly`."""
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
-        late = pytest.mark.slow if path.stem in ("quickstart", "hh_gpt2") else pytest.mark.nightly
+        late = pytest.mark.slow if path.stem == "quickstart" else pytest.mark.nightly
         yield pytest.param(path, id=path.name, marks=late if "\nstages:" in path.read_text() else ())
 
 

@@ -161,10 +161,10 @@ def test_csv_keeps_line_ends_quotes_and_what_looks_like_a_number_or_nothing(tmp_
     assert texts(prepared, tokenizer) == [('a\nb,"c"', "NA<|im_end|>"), ("1.0", "2020-01-01<|im_end|>")]
 
 
-@pytest.mark.slow
-def test_a_bomb_is_refused(tmp_path: Path) -> None:
-    """70 MB of rows in a few kilobytes: rows of text do not shrink to a two-hundredth."""
-    content = GOOD * (70 * 2**20 // len(GOOD))
+def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of text do not shrink to a two-hundredth: 2 MB of rows in a few kilobytes, where 1 MB is free."""
+    monkeypatch.setattr("sheeprlhf.data.read.FREE_UNPACKED", 2**20)
+    content = GOOD * (2**21 // len(GOOD))
     bombs = {"a.jsonl.gz": gzip.compress(content, 9), "a.jsonl.bz2": bz2.compress(b"\n" * len(content))}
     for name, packed in bombs.items():
         (tmp_path / name).write_bytes(packed)

@@ -69,7 +69,7 @@ def test_the_parts_of_a_file_are_the_file(kind: str, read: Callable[..., Any], t
         file.write_bytes(file.read_bytes().removesuffix(b"\n").replace(b"r7", b"\xc3\xa97") + b"\n\n")
     whole = [values for _, values in read(file)]
     assert len(whole) == 40
-    for count in (*range(2, 50), file.stat().st_size):
+    for count in (2, 3, 5, 6, 7, 39, 40, 41, 50, *([file.stat().st_size] if kind == "jsonl" else [])):
         parts = [[values for _, values in read(file, part=Part(number, count))] for number in range(count)]
         assert [values for part in parts for values in part] == whole
         assert count > 5 or max(map(len, parts)) <= 1.5 * 40 / count

@@ -130,8 +130,9 @@ def test_a_stop_ends_a_response(name: str, model_folder: ModelFolder) -> None:
             assert finished == bool(ends) and ends in ([], [len(ids)]) and len(logprobs) == len(ids)
     assert len({len(ids) for one in sampled for ids in one.responses}) > 2
     assert sample(name, model, prompts=[], uniforms=UNIFORMS[:0]) == []
-    with pytest.raises(ValueError, match="temperature"):
-        sample(name, model, temperature=0.0)
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="temperature"):
+            sample(name, model, temperature=temperature)
 
 
 @pytest.mark.parametrize("name", EACH)

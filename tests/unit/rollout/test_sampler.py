@@ -24,7 +24,6 @@ from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.task.finish import sample_table
 from sheeprlhf.utils.errors import ConfigError
 from tests.support.models import ARCHITECTURES, EOS, PAD, VOCAB, byte_tokenizer
-from tests.support.runs import figures, train, write_rows
 from tests.unit.rollout.test_collect_steps import make_setting, prompts
 
 ModelFolder = Callable[..., Path]
@@ -228,12 +227,6 @@ def test_half_precision(architecture: str, dtype: str, model_folder: ModelFolder
                     assert_allclose(logprobs, expected.numpy(), rtol=0, atol=0.1)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
-def test_temperatures_that_are_refused(temperature: float, model_folder: ModelFolder) -> None:
-    with pytest.raises(ValueError, match="temperature"):
-        sample(load(model_folder()), temperature=temperature)
-
-
 def test_draw_takes_each_token_as_often_as_it_is_likely() -> None:
     """On a grid of numbers every count is right to one; with random ones Pearson's statistic is in its middle 99%."""
     probabilities_V = np.array([0.1, 0.0, 0.05, 0.4, 0.25, 0.0, 0.2])
@@ -419,17 +412,3 @@ def test_tokens_stay_and_the_text_is_cut(model_folder: ModelFolder) -> None:
     np.testing.assert_allclose(stopped.tokens["reference"][0], stopped.tokens["logprobs"][0], atol=1e-5)
     shown = sample_table(setting.collect(prompts(), 0, group=1, validates=True), setting.collect.texts, 3)
     assert string not in "".join(part.split("\n", 1)[1].split("[reference]")[0] for part in shown.split("[model]")[1:])
-
-
-def test_as_a_user_gives_them(tmp_path: Path, model_folder: ModelFolder) -> None:
-    """Every character of one byte ends a response: all are finished at once, and nothing of them is shown."""
-    data = write_rows(tmp_path / "rows.jsonl")
-    strings = ",".join(f'"{letter}"' for letter in "abcdefghijklmnopqrstuvwxyz") + ',"\n","\ufffd"'
-    words = [f"generation.stop_strings=[{strings}]", "task.max_num_steps=8", "generation.max_new_tokens=40"]
-    run_dir = train(model_folder(), data, tmp_path / "run", *words, task="grpo")
-    [table] = [path.read_text() for path in (run_dir / "samples").glob("step-8.txt")]
-    written = table.split("[model]")[1].split("[reference]")[0].partition("\n")[2]
-    assert not any(letter in written for letter in "abcdefghijklmnopqrstuvwxyz")
-    found = figures(run_dir)
-    assert found["rollout/finished"] == [1.0, 1.0]
-    assert found["objective/scores"] == [0.0, 0.0]  # the share of small letters in what was left
