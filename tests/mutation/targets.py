@@ -18,7 +18,6 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.agent.batches": ("tests/unit/agent/test_batches.py", "tests/unit/agent/test_policy.py"),
     "sheeprlhf.model.lm_head": (
         "tests/unit/model/test_lm_head.py",
-        "tests/unit/model/test_last_block.py",
         "tests/unit/agent/test_policy.py",
     ),
     "sheeprlhf.model.attention": ("tests/unit/model/test_attention.py", "tests/unit/rollout/test_sampler.py"),

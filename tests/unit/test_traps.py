@@ -37,9 +37,9 @@ TRAPS = {
         tests/unit/rollout/test_generate.py::test_training_flags_and_settings_are_restored""",
     "7 the reference is not the initial policy": """
         tests/unit/model/test_lora.py::test_new_adapters_change_nothing
-        tests/unit/agent/test_shared.py::test_without_adapters_it_is_the_base_bit_for_bit
-        tests/unit/agent/test_shared.py::test_an_error_leaves_nothing_switched
-        tests/e2e/test_dpo.py::test_the_first_loss_is_that_of_no_difference_and_then_it_falls
+        tests/unit/agent/test_policy.py::test_without_adapters_it_is_the_base_bit_for_bit
+        tests/unit/agent/test_policy.py::test_an_error_leaves_nothing_switched
+        tests/e2e/test_preferences.py::test_the_first_loss_is_that_of_no_difference_and_then_it_falls
         tests/e2e/test_chains.py::test_the_reference_is_the_fine_tuned_model""",
     "8 accumulation steps too early or keeps gradients": """
         tests/unit/engine/test_step.py::test_any_cut_is_one_batch
@@ -53,7 +53,7 @@ TRAPS = {
     "11 per sequence or per token": """
         tests/unit/loss/test_ppo.py::test_the_loss_of_a_step_by_hand
         tests/unit/loss/test_ppo.py::test_a_whole_response_has_one_ratio
-        tests/e2e/test_dpo.py::test_the_first_loss_is_that_of_no_difference_and_then_it_falls""",
+        tests/e2e/test_preferences.py::test_the_first_loss_is_that_of_no_difference_and_then_it_falls""",
     "12 log-probabilities and sums in half precision": """
         tests/unit/model/test_lm_head.py::test_half_precision_logits_are_scored_in_float32
         tests/unit/agent/test_policy.py::test_a_half_precision_model_is_scored_in_float32
@@ -89,11 +89,11 @@ TRAPS = {
         tests/unit/data/test_tokenize.py::test_overflow_keeps_bos_and_the_prompts_end
         tests/unit/security/test_redaction.py::test_keys_are_hidden_wherever_they_are
         tests/unit/loss/test_advantage.py::test_the_kl_coefficient_follows_the_kl
-        tests/unit/task/test_rouge_metric.py::test_it_needs_no_network_and_leaves_no_file""",
+        tests/unit/task/test_evaluation_figures.py::test_it_needs_no_network_and_leaves_no_file""",
     "21 several adapters on one base": """
-        tests/unit/agent/test_shared.py::test_each_learns_by_its_own_adapter
-        tests/unit/agent/test_shared.py::test_gradient_checkpointing_computes_with_the_same_adapter
-        tests/unit/agent/test_shared.py::test_a_reward_models_adapters_fit_beside_the_policys""",
+        tests/unit/agent/test_policy.py::test_each_learns_by_its_own_adapter
+        tests/unit/agent/test_policy.py::test_gradient_checkpointing_computes_with_the_same_adapter
+        tests/unit/agent/test_policy.py::test_a_reward_models_adapters_fit_beside_the_policys""",
     "22 a saved reward model is read at another token by other programs": """
         tests/unit/model/test_scalar.py::test_plain_transformers_gives_the_same_scores
         tests/unit/model/test_scalar.py::test_padding_is_a_token_without_another_role""",
