@@ -75,6 +75,9 @@ EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reas
             " -> kl_estimates(sampled['reference'], logprobs_N, 'k2')",
         ),
     },
+    "sheeprlhf.task.train.reinforce_pp.with_advantages": {
+        "float64 is rounded to float32 when it is stored": ("scores_PG.float() -> scores_PG",)
+    },
     "sheeprlhf.loss.ppo.explained_variance": {
         "float64 minus float32 is float64": ("returns.double() -> returns", "values.double() -> values")
     },
