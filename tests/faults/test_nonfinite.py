@@ -24,7 +24,7 @@ from sheeprlhf.rollout import sampler as sample_module
 from sheeprlhf.rollout.rollout import RolloutCollector
 from sheeprlhf.task.train import dpo, ppo, rm, sft
 from tests.faults.test_resume import stopped_at, without_time
-from tests.support.jobs import ColdJob, JobServer, site
+from tests.support.jobs import JobServer
 from tests.support.runs import WRITERS, digests, result_of, train, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
@@ -340,15 +340,3 @@ def test_one_process_stops_both(
         assert len(re.findall(r"not finite, for response|its gradient norm nan", job.text())) == 1
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
         verify_manifest(checkpoint)
-
-
-@pytest.mark.nightly  # tests/unit/cli/test_two_processes.py has an error on both processes of this launcher
-def test_only_rank_zero_reports_it(tmp_path: Path, model_folder: ModelFolder) -> None:
-    """The processes that it has started end with it."""
-    patch = PATCH.replace("NAME", repr("sft: loss NaN")).replace("RANK", "None")
-    words = train_words(model_folder(), write_rows(tmp_path / "rows.jsonl"), tmp_path / "run", "fabric.devices=2")
-    job = ColdJob(words, tmp_path / "log", PYTHONPATH=site(tmp_path / "site", patch), OMP_NUM_THREADS="1")
-    assert job.wait(240) == 1, job.text()
-    job.assert_all_gone()
-    assert len(re.findall(r"rank [01]: rows", job.text())) == 1
-    assert "sheeprlhf cannot continue" in job.text() and "(process" not in job.text()

@@ -16,13 +16,9 @@ from typing import Any
 import pytest
 
 from sheeprlhf.cli import run
-from sheeprlhf.data.prepare import prepare_data
-from sheeprlhf.data.store import DIGESTS, REPORT
 from sheeprlhf.engine.checkpoint import read_state
 from sheeprlhf.engine.manifest import MANIFEST, read_manifest, write_manifest
 from sheeprlhf.security.json_records import MAX_DEPTH
-from sheeprlhf.structure.data import LocalDataConfig
-from tests.support.models import byte_tokenizer
 from tests.support.past_runs import make_past_run, write_evaluation
 from tests.support.pipelines import Pretended, pipeline, write_recipe
 from tests.support.runs import train_words, write_rows
@@ -210,20 +206,3 @@ def test_all_readers_of_a_real_run(outcome, tmp_path: Path, model_folder: Callab
             code, printed = outcome("eval", "task=perplexity", f"experiment_dir={whole}", f"data.train_file={rows}")
             assert code == (2 if message in printed else 0), (kind, printed)
         (whole / name).write_text(text)
-
-
-@pytest.mark.parametrize("amount", AMOUNTS)
-@pytest.mark.parametrize("name", [REPORT, DIGESTS])
-def test_prepared_data_is_prepared_again(name: str, amount: int | None, tmp_path: Path) -> None:
-    cfg = LocalDataConfig(
-        train_file=str(write_rows(tmp_path / "rows.jsonl")), cache_dir=str(tmp_path / "cache"), max_length=64
-    )
-
-    def prepare() -> Path:
-        return prepare_data(cfg, byte_tokenizer(), kind="sft", say=print, progress=False).folder
-
-    folder = prepare()
-    text = (folder / name).read_text()
-    for kind, mutated in chosen(text, amount):
-        write(folder / name, mutated)
-        assert prepare() == folder and (folder / name).read_text() == text, kind

@@ -18,7 +18,7 @@ from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.step import update
 from sheeprlhf.structure.run import AdamWConfig, FabricConfig
-from tests.unit.engine.toy import NEEDS_FSDP2, Net, _rank_main, forkserver, micro_batch, seed_all, toy_loss
+from tests.unit.engine.toy import FORK, NEEDS_FSDP2, Net, _rank_main, micro_batch, seed_all, toy_loss
 
 STEPS, LONGEST = 100, 600.0  # optimizer steps; seconds of a run on a busy machine
 
@@ -46,12 +46,11 @@ def work(_: Any, folder: Path, victim: int, step_of_kill: int, in_save: bool, de
 
 def killed(folder: Path, *plan: Any) -> bool:
     """Run both ranks to their end; True if one died, which the other has to notice."""
-    context = forkserver()
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    words = (2, port, context.Queue(), work, (folder, *plan))
-    ranks = [context.Process(target=_rank_main, args=(rank, *words), daemon=True) for rank in range(2)]
+    words = (2, port, FORK.Queue(), work, (folder, *plan))
+    ranks = [FORK.Process(target=_rank_main, args=(rank, *words), daemon=True) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:

@@ -20,7 +20,7 @@ from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.ranks import Peer, RollCall, join_ranks, missing_ranks_named
 from sheeprlhf.structure.run import FabricConfig
 from sheeprlhf.utils.errors import ConfigError, MissingRanksError
-from tests.unit.engine.toy import NEEDS_FSDP2, forkserver, on_ranks, train_toy, train_toy_on
+from tests.unit.engine.toy import FORK, NEEDS_FSDP2, on_ranks, train_toy, train_toy_on
 
 BROKEN = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
 
@@ -200,10 +200,9 @@ def test_two_ranks_resume_bit_for_bit(tmp_path):
 def kill_campaign(run_dir, steps, kills, seed):
     """Kill -9 a training process `kills` times, half of them inside a save; then let it end. Returns aimed hits."""
     generator = random.Random(seed)
-    context = forkserver()
     hits = 0
     for number in range(kills):
-        process = context.Process(target=train_toy, args=(run_dir, steps), kwargs={"pause": 0.005}, daemon=True)
+        process = FORK.Process(target=train_toy, args=(run_dir, steps), kwargs={"pause": 0.005}, daemon=True)
         process.start()
         checkpoints = run_dir / "checkpoints"
         if number % 2:
@@ -218,7 +217,7 @@ def kill_campaign(run_dir, steps, kills, seed):
         process.kill()
         process.join()
         hits += any(path.name.endswith(f".tmp.{process.pid}") for path in run_dir.glob("checkpoints/*"))
-    process = context.Process(target=train_toy, args=(run_dir, steps), daemon=True)
+    process = FORK.Process(target=train_toy, args=(run_dir, steps), daemon=True)
     process.start()
     process.join(600)  # on a busy machine early kills come before any progress, and all of it is left
     assert process.exitcode == 0

@@ -1,6 +1,7 @@
 """A run as a task uses it, in processes that get signals."""
 
 import dataclasses
+import multiprocessing
 import os
 import signal
 import time
@@ -20,7 +21,7 @@ from sheeprlhf.structure.run import AdamWConfig, FabricConfig, TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import ConfigError, Interrupted
 from sheeprlhf.utils.processes import STOP_SIGNALS, die_with_parent, ignored, noted_stop, reliable_sigint
-from tests.unit.engine.toy import NEEDS_FSDP2, Net, forkserver, micro_batch, on_ranks, seed_all, toy_loss
+from tests.unit.engine.toy import NEEDS_FSDP2, Net, micro_batch, on_ranks, seed_all, toy_loss
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
 
@@ -145,7 +146,9 @@ def test_ranks_agree_on_a_signal_and_only_rank_zero_reports_it(tmp_path):
 
 
 def test_who_was_started_by_a_process_that_is_gone_ends_too():
-    process = forkserver().Process(target=die_with_parent, args=(os.getpid(),), daemon=True)
+    process = multiprocessing.get_context("forkserver").Process(
+        target=die_with_parent, args=(os.getpid(),), daemon=True
+    )
     process.start()  # by the fork server, not by this process
     process.join()
     assert process.exitcode == -signal.SIGKILL

@@ -28,7 +28,7 @@ from sheeprlhf.structure.model import TinyConfig
 from sheeprlhf.structure.run import AdamWConfig, FabricConfig, TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError, RunInUseError, UnsafePathError
-from tests.unit.engine.toy import forkserver
+from tests.unit.engine.toy import FORK
 
 
 @pytest.fixture
@@ -164,9 +164,8 @@ def hold_lock(folder, held, release):
 
 
 def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
-    context = forkserver()
-    held, release = context.Event(), context.Event()
-    holder = context.Process(target=hold_lock, args=(tmp_path, held, release), daemon=True)
+    held, release = FORK.Event(), FORK.Event()
+    holder = FORK.Process(target=hold_lock, args=(tmp_path, held, release), daemon=True)
     holder.start()
     assert held.wait(30)
     with pytest.raises(RunInUseError, match=rf"in use by process {holder.pid} on .+; wait for it") as caught:

@@ -26,6 +26,7 @@ from sheeprlhf.structure.run import AdamWConfig, FabricConfig
 NEEDS_FSDP2 = pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="fsdp2 needs torch 2.13")
 HASH = "toy"
 LENGTHS = (1, 3, 17, 64)
+FORK = multiprocessing.get_context("fork")  # its processes import nothing again; torch has one thread here
 
 
 class Net(nn.Module):
@@ -121,13 +122,6 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def forkserver() -> Any:
-    """Starts processes that have torch imported and unused."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "sheeprlhf.engine.run", "torch.utils.tensorboard"])
-    return context
-
-
 def _rank_main(rank: int, size: int, port: int, results: Any, function: Callable, args: tuple) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     os.environ["WORLD_SIZE"] = str(size)
@@ -145,14 +139,13 @@ def _rank_main(rank: int, size: int, port: int, results: Any, function: Callable
 
 def on_ranks(size: int, function: Callable, *args: Any, timeout: float = 60) -> list[Any]:
     """`function(fabric, *args)` on `size` gloo processes; what each returned (plain data), in rank order."""
-    context = forkserver()
     with socket.socket() as sock:  # bound until the end, so that no other test is given this port; rank 0 may share it
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-        results = context.Queue()
+        results = FORK.Queue()
         processes = [
-            context.Process(target=_rank_main, args=(rank, size, port, results, function, args), daemon=True)
+            FORK.Process(target=_rank_main, args=(rank, size, port, results, function, args), daemon=True)
             for rank in range(size)
         ]
         for process in processes:

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import multiprocessing
 import os
 import shutil
 import stat
@@ -14,7 +13,6 @@ import pytest
 from sheeprlhf.engine.manifest import verify_manifest, write_folder, write_manifest
 from sheeprlhf.engine.rundir import RunLock, is_locked
 from sheeprlhf.utils import output as filesystem
-from sheeprlhf.utils.errors import RunInUseError
 from sheeprlhf.utils.output import MARKER, fsync, locked, make_private, open_file, replace, write_file, written_folder
 
 Patch = pytest.MonkeyPatch
@@ -65,20 +63,6 @@ def hold(run_dir: Path, ready, done) -> None:
     with RunLock(run_dir):
         ready.set()
         done.wait(20)
-
-
-def test_a_lock_that_is_held_is_in_use(tmp_path: Path, capsys: Printed) -> None:
-    context = multiprocessing.get_context("fork")
-    ready, done = context.Event(), context.Event()
-    holder = context.Process(target=hold, args=(tmp_path, ready, done))
-    holder.start()
-    assert ready.wait(20)
-    with pytest.raises(RunInUseError, match=str(holder.pid)):
-        RunLock(tmp_path).__enter__()
-    assert is_locked(tmp_path)
-    done.set()
-    holder.join()
-    assert warnings(capsys) == []
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.config.processes import with_launched_processes
-from sheeprlhf.structure.run import EvalConfig, FabricConfig, TrainConfig
+from sheeprlhf.structure.run import EvalConfig, FabricConfig
 from sheeprlhf.utils import memory as machine
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.launchers import (
@@ -216,14 +216,6 @@ def test_processes_of_one_job_meet_at_one_place_and_those_of_another_elsewhere(m
     assert place(SRUN, STEP, MEET) == ("10.0.0.1", 29500)
     assert place(SRUN, "SLURM_JOB_NODELIST=a1,b2")[0] == "a1"
     assert place("RANK=1 WORLD_SIZE=2 LOCAL_RANK=1")[0] == "127.0.0.1"
-
-
-def test_a_training_configuration_is_settled_and_read_only(monkeypatch):
-    environment(monkeypatch, TORCHRUN, MEET)
-    settled = with_launched_processes(TrainConfig(fabric=FabricConfig()))
-    assert settled.fabric.devices == "2"
-    with pytest.raises(AttributeError):
-        settled.fabric.devices = "3"
 
 
 def test_lightnings_own_options_do_not_replace_ours(monkeypatch):
