@@ -7,6 +7,7 @@ As many: the same bytes. Another number: the same rows in each step, losses to 1
 import contextlib
 import importlib
 import io
+import shutil
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
@@ -19,9 +20,9 @@ from torch.testing import assert_close
 from sheeprlhf.config.registry import to_typed
 from sheeprlhf.launch import _seed
 from sheeprlhf.utils.lightning import gather_objects
-from tests.faults.test_resume import stopped_at, without_time
+from tests.faults.test_resume import without_time
 from tests.support.models import make_model_folder
-from tests.support.runs import WRITERS, figures, result_of, train_words
+from tests.support.runs import WRITERS, figures, killed, result_of, train_words
 from tests.unit.config.test_registry import composed
 from tests.unit.engine.toy import on_ranks
 
@@ -91,7 +92,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Foun
         launch(size, [(task, f"{task} by {size}") for task in TASKS])
     for task in TASKS:
         for move, (before, _) in MOVES.items():
-            stopped_at(folder / f"{task} by {before}", STOP, folder / f"{task} {move}")
+            killed(shutil.copytree(folder / f"{task} by {before}", folder / f"{task} {move}"), STOP)
     for size in ("1", "2"):
         launch(
             size, [(task, f"{task} {move}") for task in TASKS for move, (_, after) in MOVES.items() if after == size]

@@ -20,9 +20,8 @@ from sheeprlhf.cli import run
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.launch import _seed
 from sheeprlhf.structure.rollout import BestOfNConfig
-from tests.faults.test_resume import stopped_at
 from tests.support.models import make_model_folder
-from tests.support.runs import ONLINE_TASKS, WRITERS, figures, train_words, write_rows
+from tests.support.runs import ONLINE_TASKS, WRITERS, figures, killed, train_words, write_rows
 from tests.unit.engine.toy import on_ranks
 
 LORA = ("model.finetune_mode=LORA", "model.lora_cfg.rank=4")
@@ -195,7 +194,7 @@ def folder_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
                     shutil.copytree(folder / "one" / EVALUATIONS[one][0], folder / place / one)
                 run(words_of(one, folder, folder / "evaluated" / one))
             for one in (one for one in CASES if one in names and CASES[one].resumed):
-                stopped_at(folder / "one" / one, CASES[one].resumed, folder / "two" / one)
+                killed(shutil.copytree(folder / "one" / one, folder / "two" / one), CASES[one].resumed)
             on_four = [one for one in names if one in CASES and CASES[one].own[:2] == FOUR]
             for ranks, some in ((2, [one for one in names if one not in on_four]), (4, on_four)):
                 if some:

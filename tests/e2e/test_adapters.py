@@ -1,6 +1,7 @@
 """Training that starts from an adapter of plain PEFT: what it begins as, is compared with, saves and resumes."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from sheeprlhf.cli import run
 from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.task.models import load_policy_from_run
-from tests.support.runs import exit_code, result_of, train, train_words, write_pairs
+from tests.support.runs import exit_code, killed, result_of, train, train_words, write_pairs
 
 ModelFolder = Callable[..., Path]
 IDS = torch.arange(5, 30)[None]
@@ -102,13 +103,8 @@ def test_an_adapter_is_trained_saved_resumed_and_exported(
     data = write_pairs(tmp_path / "rows.jsonl")
     words = [f"model.adapter={adapter}", LORA, "task.max_num_steps=8"]
     whole = train(model_folder("qwen2"), data, tmp_path / "whole", *words, task="dpo")
-    cut = tmp_path / "cut"
-    run(train_words(model_folder("qwen2"), data, cut, *words, task="dpo"))
-    for name in ("final", "checkpoints/step-8"):
-        (cut / name).rename(tmp_path / name.replace("/", "-"))
-    info = json.loads((cut / "run.json").read_text())
-    (cut / "run.json").write_text(json.dumps(info | {"status": "running"}))
-    run(train_words(model_folder("qwen2"), data, cut, *words, "resume=true", task="dpo"))
+    cut = killed(shutil.copytree(whole, tmp_path / "cut"), 7)
+    train(model_folder("qwen2"), data, cut, *words, "resume=true", task="dpo")
     assert result_of(cut, 8) == result_of(whole, 8)
     trained = logits(AutoPeftModelForCausalLM.from_pretrained(whole / "final"))
     assert float((trained - logits(plain(model_folder, adapter))).abs().max()) > 1e-3

@@ -1,7 +1,5 @@
 """Runs on quantised base models: what they save, resume, export, start from and share."""
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from sheeprlhf.cli import run
 from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.task.models import load_policy_from_run
-from tests.support.runs import figures, result_of, train, train_words, write_pairs, write_rows
+from tests.support.runs import figures, killed, result_of, train, train_words, write_pairs, write_rows
 
 pytest.importorskip("bitsandbytes")
 
@@ -47,11 +45,7 @@ def test_adapters_are_saved_resumed_and_exported(scheme: str, tmp_path: Path, mo
     expected = result_of(run_dir, 8)
     with safe_open(run_dir / "checkpoints" / "step-8" / "model.safetensors", framework="pt") as file:
         assert all("lora_" in name for name in file.keys())  # noqa: SIM118
-    for name in ("final", "checkpoints/step-8"):
-        shutil.rmtree(run_dir / name)
-    info = json.loads((run_dir / "run.json").read_text())
-    (run_dir / "run.json").write_text(json.dumps(info | {"status": "running"}))
-    run(train_words(folder, data, run_dir, *words, "resume=true", task="dpo"))
+    train(folder, data, killed(run_dir, 7), *words, "resume=true", task="dpo")
     assert result_of(run_dir, 8) == expected
 
     dequantized = plain(folder, scheme).dequantize()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.cli import run
-from tests.support.runs import digests, figures_at, result_of, train, write_rows
+from tests.support.runs import digests, figures_at, killed, result_of, train, write_rows
 
 ModelFolder = Callable[..., Path]
 
@@ -155,10 +154,7 @@ def test_a_refused_start_leaves_nothing_and_a_refused_resume_everything(
     assert "nothing was begun" in capsys.readouterr().err
     rows.write_text(good)
     run_dir = train(*words)
-    shutil.rmtree(run_dir / "final")
-    info = (run_dir / "run.json").read_text().replace('"finished"', '"running"', 1)
-    (run_dir / "run.json").write_text(info)
-    before = digests(run_dir)
+    before = digests(killed(run_dir))
     rows.write_text(good + '{"prompt')
     with pytest.raises(SystemExit):
         train(*words, "resume=true")

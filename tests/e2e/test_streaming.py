@@ -1,6 +1,5 @@
 """Training on shards that are prepared one by one: the run of all rows, and a resumed run the uninterrupted one."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from torch.testing import assert_close
 
 from sheeprlhf.data.prepare import Stream
 from tests.support.jobs import JobServer
-from tests.support.runs import WRITERS, digests, figures, rejected, result_of, train, train_words
+from tests.support.runs import WRITERS, digests, figures, killed, rejected, result_of, train, train_words
 
 ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4"]
@@ -75,9 +74,7 @@ def test_a_resumed_stream_is_the_uninterrupted_one(
     expected = result_of(whole, case.last)
     for step in case.cuts:
         shutil.rmtree(tmp_path / "cache")
-        cut = tmp_path / f"cut-{step}"
-        shutil.copytree(whole, cut)
-        shorten(cut, step)
+        cut = killed(shutil.copytree(whole, tmp_path / f"cut-{step}"), step)
         train(model_folder(), held_out, cut, *words, "resume=true", task=case.task)
         assert result_of(cut, case.last) == expected
         losses = "train/loss" if "train/loss" in figures(whole) else "loss/policy"
@@ -86,19 +83,8 @@ def test_a_resumed_stream_is_the_uninterrupted_one(
     if name == "sft":
         changed = tmp_path / "rows" / "1.jsonl"  # of the same size
         changed.write_text(changed.read_text().replace("a", "b"))
-        shorten(cut, 3)
-        line = train_words(model_folder(), held_out, cut, *words, "resume=true")
+        line = train_words(model_folder(), held_out, killed(cut, 3), *words, "resume=true")
         assert "shard 2 of the training rows" in rejected(line, capsys)
-
-
-def shorten(run_dir: Path, step: int) -> None:
-    """Leave what a run would have left had it died after saving `step`."""
-    for path in (run_dir / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
-    shutil.rmtree(run_dir / "final")
-    info = json.loads((run_dir / "run.json").read_text())
-    (run_dir / "run.json").write_text(json.dumps(info | {"status": "running"}))
 
 
 @pytest.mark.parametrize(

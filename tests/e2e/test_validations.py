@@ -9,7 +9,17 @@ import pytest
 from torch.testing import assert_close
 
 from sheeprlhf.config.registry import choices
-from tests.support.runs import WRITERS, digests, exit_code, figures_at, result_of, train, train_words, write_rows
+from tests.support.runs import (
+    WRITERS,
+    digests,
+    exit_code,
+    figures_at,
+    killed,
+    result_of,
+    train,
+    train_words,
+    write_rows,
+)
 
 ModelFolder = Callable[..., Path]
 STOP = ["task.early_stopping_metric=nll", "task.early_stopping_patience=2", "task.eval_interval=2"]
@@ -30,9 +40,7 @@ def test_a_run_that_no_longer_improves_stops_and_is_finished(
     assert max(step for _, step in figures_at(run_dir)) == 3 * interval
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} >= {f"step-{3 * interval}", f"step-{interval}"}
     before = result_of(run_dir, 3 * interval)
-    shutil.rmtree(run_dir / "final")  # as if it had died before it wrote the model
-    (run_dir / "run.json").write_text(json.dumps(info | {"status": "running"}))
-    train(model_folder(), tmp_path / "rows.jsonl", run_dir, *words, "resume=true", task=task)
+    train(model_folder(), tmp_path / "rows.jsonl", killed(run_dir), *words, "resume=true", task=task)
     assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
     assert result_of(run_dir, 3 * interval) == before
 
@@ -41,12 +49,7 @@ def test_a_resumed_run_stops_where_the_whole_one_does(tmp_path: Path, model_fold
     """The validations without a new best value are counted across the resume."""
     data = write_rows(tmp_path / "rows.jsonl")
     whole = train(model_folder(), data, tmp_path / "whole", *STOP, *STILL, "task.keep_checkpoints=9")
-    part = tmp_path / "part"
-    shutil.copytree(whole, part)
-    shutil.rmtree(part / "final")
-    shutil.rmtree(part / "checkpoints" / "step-6")
-    info = json.loads((part / "run.json").read_text())
-    (part / "run.json").write_text(json.dumps(info | {"status": "running"}))
+    part = killed(shutil.copytree(whole, tmp_path / "part"), 4)
     assert json.loads((part / "checkpoints" / "step-4" / "state.json").read_text())["stale_validations"] == 1
     train(model_folder(), data, part, *STOP, *STILL, "task.keep_checkpoints=9", "resume=true")
     assert json.loads((part / "run.json").read_text())["step"] == 6

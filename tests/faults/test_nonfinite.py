@@ -7,6 +7,7 @@ import csv
 import functools
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +24,9 @@ from sheeprlhf.engine.manifest import verify_manifest
 from sheeprlhf.rollout import sampler as sample_module
 from sheeprlhf.rollout.rollout import RolloutCollector
 from sheeprlhf.task.train import dpo, ppo, rm, sft
-from tests.faults.test_resume import stopped_at, without_time
+from tests.faults.test_resume import without_time
 from tests.support.jobs import JobServer
-from tests.support.runs import WRITERS, digests, result_of, train, train_words, write_rows
+from tests.support.runs import WRITERS, digests, killed, result_of, train, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
 Spoil = Callable[[Tensor], Tensor]  # makes what it is given non-finite
@@ -268,7 +269,7 @@ def test_a_step_is_left_out_and_a_resumed_run_leaves_out_the_same(
         for step in (int(path.name[5:]) for path in (whole / "checkpoints").iterdir())
     }
     begin = max(step for step in saved if saved[step] < last)
-    resumed = stopped_at(whole, begin, tmp_path / "resumed")
+    resumed = killed(shutil.copytree(whole, tmp_path / "resumed"), begin)
     SKIPPED[name](monkeypatch, kind.spoil)
     train(model, data, resumed, *words, "resume=true", task=kind.task)
     assert result_of(resumed) == result_of(whole)

@@ -21,7 +21,7 @@ from sheeprlhf.engine.manifest import MANIFEST, read_manifest, write_manifest
 from sheeprlhf.security.json_records import MAX_DEPTH
 from tests.support.past_runs import make_past_run, write_evaluation
 from tests.support.pipelines import Pretended, pipeline, write_recipe
-from tests.support.runs import train_words, write_rows
+from tests.support.runs import killed, train_words, write_rows
 
 Mutation = tuple[str, str]  # name, text of the file
 HUGE = {"1e400": "1e400", "integer of 400 digits": "9" * 400, "integer of 5000 digits": "9" * 5_000}
@@ -183,11 +183,7 @@ def test_all_readers_of_a_real_run(outcome, tmp_path: Path, model_folder: Callab
     for name in ("state.json", MANIFEST):
         text = (whole / "checkpoints" / "step-8" / name).read_text()
         for kind, mutated in chosen(text, amount):
-            folder = tmp_path / "run"
-            shutil.copytree(whole, folder)
-            shutil.rmtree(folder / "final")
-            info = json.loads((folder / "run.json").read_text()) | {"status": "running"}
-            (folder / "run.json").write_text(json.dumps(info))
+            folder = killed(shutil.copytree(whole, tmp_path / "run"))
             write(folder / "checkpoints" / "step-8" / name, mutated)
             if name == "state.json":
                 rehash(folder / "checkpoints" / "step-8")

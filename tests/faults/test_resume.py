@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.cli import run
-from tests.support.runs import WRITERS, digests, result_of, train, train_words, write_rows
+from tests.support.runs import WRITERS, digests, killed, result_of, train, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"]
@@ -62,18 +62,6 @@ NIGHTLY = (
 KL = ",objective/kl_coeff,"
 
 
-def stopped_at(whole: Path, step: int, folder: Path) -> Path:
-    """What the run would have left had it died after saving `step`."""
-    shutil.copytree(whole, folder)
-    shutil.rmtree(folder / "final")
-    for path in (folder / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
-    info = (folder / "run.json").read_text().replace('"finished"', '"running"', 1)
-    (folder / "run.json").write_text(info)
-    return folder
-
-
 def without_time(path: Path) -> list[str]:
     """The lines of metrics.csv but for what a clock said."""
     return [line.rsplit(",", 1)[0] for line in path.read_text().splitlines() if not re.search(",(time|memory)/", line)]
@@ -95,7 +83,7 @@ def check_resume_at(
         coefficients = [line.split(",")[2] for line in (whole / "metrics.csv").read_text().splitlines() if KL in line]
         assert len(set(coefficients)) > 2  # each turn goes on from the last one's
     for step in steps:
-        resumed = stopped_at(whole, step, tmp_path / f"from-{step}")
+        resumed = killed(shutil.copytree(whole, tmp_path / f"from-{step}"), step)
         train(model, data, resumed, *words, "resume=true", task=task)
         assert result_of(resumed, last) == expected, step
         assert without_time(resumed / "metrics.csv") == without_time(whole / "metrics.csv")
@@ -120,7 +108,7 @@ def test_a_mixture_of_datasets_is_resumed(tmp_path: Path, model_folder: ModelFol
     words += ["task.max_num_steps=8", "task.save_interval=1", "task.keep_checkpoints=99", "task.eval_interval=4"]
     whole, cache = tmp_path / "whole", tmp_path / "cache"
     run([*words, f"data.cache_dir={cache}", f"hydra.run.dir={whole}"])
-    resumed = stopped_at(whole, 3, tmp_path / "resumed")
+    resumed = killed(shutil.copytree(whole, tmp_path / "resumed"), 3)
     shutil.rmtree(cache)
     run([*words, f"data.cache_dir={cache}", f"hydra.run.dir={resumed}", "resume=true"])
     assert result_of(resumed, 8) == result_of(whole, 8)

@@ -1,8 +1,6 @@
 """The surroundings of a run change nothing: network, other data, hash seeds, closed or ASCII streams."""
 
-import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +12,7 @@ import pytest
 from sheeprlhf.cli import run
 from tests.support.jobs import JobServer
 from tests.support.past_runs import make_past_run
-from tests.support.runs import digests, result_of, train, train_words, write_rows
+from tests.support.runs import digests, killed, result_of, train, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
 SHORT = ["task.epochs=1", "task.num_sample_prompts=0"]  # 8 steps
@@ -46,9 +44,7 @@ def test_other_data_is_refused_and_the_run_unchanged(
     """The file has other rows under the same name when the run is gone on with."""
     data = write_rows(tmp_path / "rows.jsonl")
     run_dir = train(model_folder(), data, tmp_path / "run", *SHORT)
-    info = json.loads((run_dir / "run.json").read_text())
-    (run_dir / "run.json").write_text(json.dumps(info | {"status": "running"}))  # as after a kill at its end
-    shutil.rmtree(run_dir / "final")
+    killed(run_dir)
     before, rows = digests(run_dir / "checkpoints"), data.read_text()
     write_rows(data, seed=1)
     with pytest.raises(SystemExit) as stopped:

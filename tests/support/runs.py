@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,17 @@ def digests(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def killed(run_dir: Path, step: int = 10**9) -> Path:
+    """Make a finished run one that died after it saved `step`, or before it wrote `final/`."""
+    shutil.rmtree(run_dir / "final")
+    for path in (run_dir / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    info = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps(info | {"status": "running"}))
+    return run_dir
 
 
 def result_of(run_dir: Path, last_step: int = 24) -> dict[str, str]:
