@@ -1,6 +1,7 @@
 """Micro-batches of this rank from the rows of a split, and the choice between packed and padded batches."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -43,6 +44,27 @@ class Rows(Protocol):
         """Some of them."""
 
 
+@dataclass(frozen=True)
+class MappedRows:
+    """Rows whose examples are changed when they are read; none gets longer."""
+
+    rows: Rows
+    change: Callable[[Example], Example]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(rows,) tokens of each row at most."""
+        return self.rows.lengths
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def examples(self, indices: Sequence[int]) -> list[Example]:
+        """Some of them, changed."""
+        return list(map(self.change, self.rows.examples(indices)))
+
+
 class Batches:
     """Cuts rows into micro-batches, the same way for every loss.
 
@@ -52,7 +74,7 @@ class Batches:
         packed: lay rows end to end; else pad them.
         targets: "response" or "all", the tokens to predict.
         num_items: what a step's loss is divided by, counted in one batch; by default its targets.
-        beside: called with the split and a micro-batch's rows: what its loss needs besides the batch.
+        extras: called with the split and the rows of a micro-batch; returns further inputs of its loss.
     """
 
     def __init__(
@@ -63,7 +85,7 @@ class Batches:
         packed: bool,
         targets: str,
         num_items: Callable[[Batch], int] = lambda batch: len(batch.target_ids_N),
-        beside: Callable[[Any, list[int]], Any] | None = None,
+        extras: Callable[[Any, list[int]], Any] | None = None,
     ) -> None:
         most, data = getattr(options, "micro_batch_size", options.mini_batch_size), data_rank(fabric)
         self._cut: dict[str, Any] = {
@@ -76,7 +98,7 @@ class Batches:
             partial(collate_packed, targets=targets) if packed else partial(collate_padded, pad_id=0, targets=targets)
         )
         self._num_items = num_items
-        self._beside = beside
+        self._extras = extras
 
     def of(self, split: Rows, rows: np.ndarray) -> list[MicroBatch]:
         """This rank's micro-batches of some rows of a split; may be none."""
@@ -98,7 +120,7 @@ class Batches:
 
     def _collated(self, split: Rows, part: list[int]) -> MicroBatch:
         batch = self._collate(split.examples(part))
-        content = batch if self._beside is None else (batch, self._beside(split, part))
+        content = batch if self._extras is None else (batch, self._extras(split, part))
         return MicroBatch(content, self._num_items(batch), batch.row_ids)
 
 

@@ -29,7 +29,7 @@ from sheeprlhf.model.adapter import (
     save_model,
     with_adapter,
 )
-from sheeprlhf.model.attention import accepted, logits_at, placeholder_mask
+from sheeprlhf.model.attention import logits_at, placeholder_mask
 from sheeprlhf.model.folder.load import load_causal_lm
 from sheeprlhf.model.lm_head import (
     TokenLogprobs,
@@ -45,6 +45,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import add_end_ids
 from sheeprlhf.utils.errors import Notify
 from sheeprlhf.utils.memory import phase
+from sheeprlhf.utils.modes import accepted, inputs_of
 from sheeprlhf.utils.vocabulary import num_rows_needed, undefined_ids
 
 
@@ -110,7 +111,7 @@ class Policy(nn.Module):
         if batch.layout is None:
             head_mask_BT = torch.zeros_like(batch.input_ids_BT, dtype=torch.bool)
             head_mask_BT.view(-1)[batch.head_positions_R] = True
-            with _inputs_of(model.get_output_embeddings()) as inputs:
+            with inputs_of(model.get_output_embeddings()) as inputs:
                 logits_RV = logits_at(
                     model,
                     head_mask_BT,
@@ -201,17 +202,6 @@ def configured_router_loss(model: PreTrainedModel, left_out_by: str = "", say: N
         asked = f"output_router_logits, router_aux_loss_coef={coefficient:g}"
         say(f"the model's config asks for the router's loss ({asked}): task={left_out_by} trains without it")
     return float(coefficient)
-
-
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Record the inputs of a module during the block."""
-    inputs: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
-    try:
-        yield inputs
-    finally:
-        hook.remove()
 
 
 def hidden_at_head(backbone: nn.Module, batch: Batch) -> Tensor:

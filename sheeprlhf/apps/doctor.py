@@ -491,8 +491,8 @@ def _data(data: DataConfig, offline: str) -> Finding:
 
 def _weights(config: DoctorConfig) -> Iterator[Finding]:
     """Check by their headers that the local files have every parameter; nothing is downloaded or loaded."""
+    from sheeprlhf.config.model_lookup import folder_option
     from sheeprlhf.model.locate import locate
-    from sheeprlhf.task.models import folder_option
     from sheeprlhf.task.weight_checks import check_needed, models_of
 
     notes: list[str] = []
@@ -605,10 +605,11 @@ def _model(config: DoctorConfig, size: "ModelSize | None", available: int | None
 
 def _reward_model(config: DoctorConfig, size: "ModelSize") -> Iterator[Finding]:
     """Check whether the batches of the reward model of an RL task can be packed, by the rule for policies."""
+    from sheeprlhf.config.model_lookup import reward_model_source
     from sheeprlhf.model.locate import locate
     from sheeprlhf.structure.reward import model_sources
     from sheeprlhf.structure.rollout import OnlineTaskConfig
-    from sheeprlhf.task.models import load_reward_tokenizer, load_separate_reward_model, reward_model_source
+    from sheeprlhf.task.models import load_reward_tokenizer, load_separate_reward_model
 
     if not isinstance(config.task, OnlineTaskConfig):
         return

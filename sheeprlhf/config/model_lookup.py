@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.config.option_checks import near_path
+from sheeprlhf.config.overrides import shell_word
 from sheeprlhf.config.path_checks import model_problem, template_problem, weights_problems
 from sheeprlhf.config.prompt_format import read_template_args
 from sheeprlhf.config.registry import choices
@@ -24,10 +26,12 @@ from sheeprlhf.security.model_folder import merge_advice, read_json
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.evaluation import FrontierConfig
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
+from sheeprlhf.structure.reward import MODEL, term_folder
+from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
-from sheeprlhf.structure.task import TrainTaskConfig
+from sheeprlhf.structure.task import PRMConfig, RMConfig, TrainTaskConfig
 from sheeprlhf.utils.chat_templates import FLAG
-from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.errors import ConfigError, ModelError
 from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.output import is_scratch
 
@@ -199,3 +203,74 @@ def _base_problems(trained: Trained, task: TrainTaskConfig, starts: int) -> Iter
             _of_run(start, Path(start), getattr(task, "sft_model_name", "final"), POLICY, starts - 1)
         except ConfigError as error:
             yield from (f"{needs}: {problem}" for problem in error.problems)
+
+
+def reads_chat(cfg: TrainConfig | EvalConfig) -> bool:
+    """True if reward models read prompt and response in their own chat template."""
+    return getattr(cfg.reward, "template", "plain") == "chat"
+
+
+def reward_model_source(cfg: TrainConfig | EvalConfig, term: str = MODEL) -> tuple[str | None, str | None, ModelConfig]:
+    """Return the run or the folder that the reward model of a term is in, and its model's configuration."""
+    folder, run_dir = term_folder(term), getattr(cfg.task, "rm_experiment_dir", None)
+    folder = getattr(cfg.reward, "folder", None) if folder is None else folder
+    if folder is not None:
+        return None, folder, AutoModelConfig(repo_name=folder, disable_dropout=True)
+    assert run_dir is not None  # the command line asks for one
+    saved = saved_group(run_dir, "model")
+    assert isinstance(saved, ModelConfig)
+    return run_dir, None, saved
+
+
+@contextmanager
+def reward_folder_errors(term: str = MODEL) -> Iterator[None]:
+    """Let the errors of a block name the option of a term's folder instead of `model.repo_name`."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.repo_name=", folder_option(term))) from error
+
+
+def folder_option(term: str) -> str:
+    """The option that names the folder of a term's reward model, up to the folder."""
+    return "reward.folder=" if term == MODEL else "reward.terms: model:"
+
+
+def is_on_base_of(cfg: TrainConfig, model: ModelConfig, rm_dir: str) -> bool:
+    """Return whether a run's reward model is adapters on the very weights that the policy of `cfg` starts from."""
+    task, theirs = cfg.task, saved_group(rm_dir, "task")
+    assert isinstance(task, OnlineTaskConfig)
+    return (
+        model.finetune_mode == "LORA"
+        and task.rm_model_name == "final"
+        and (Path(rm_dir) / "final" / "adapter_config.json").is_file()
+        and isinstance(theirs, RMConfig | PRMConfig)
+        and initial_run(theirs) == initial_run(task)
+        and is_same_model(model.repo_name, cfg.model.repo_name)
+        and model.quantization == cfg.model.quantization
+    )
+
+
+def initial_run(task: object) -> tuple[str | None, str]:
+    """Return the run that a task starts from, if it starts from one, and which of its weights."""
+    return getattr(task, "sft_experiment_dir", None), getattr(task, "sft_model_name", "final")
+
+
+def whole_model(cfg: ModelConfig, run_dir: Path | None, weights: str) -> ModelConfig | None:
+    """The model that `cfg` or a run's `final/` holds whole; None for adapters, or for weights of a checkpoint.
+
+    Raises ConfigError if the run has no `final/` yet.
+    """
+    if run_dir is None:
+        return cfg
+    final = run_dir / "final"
+    if weights != "final" or (final / "adapter_config.json").is_file():
+        return None
+    if not final.is_dir():
+        raise ConfigError(
+            f"{run_dir}: this run has no final/ yet; finish it with {shell_word('resume_from', str(run_dir))}"
+        )
+    whole = dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False, quantization=None)
+    whole.adapter = None
+    whole.chat_template = None  # the tokenizer in the folder has it
+    return whole

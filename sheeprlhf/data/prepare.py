@@ -536,3 +536,37 @@ def prepare_training_data(
 def _prepare(_: BoundToThis | None, cfg: LayoutDataConfig, tokenizer: Any, how: dict[str, Any], number: int) -> None:
     with suppress(SheepError):
         prepare_data(cfg, tokenizer, **how, say=lambda _: None, shard=number)
+
+
+def own_prompts(data: PreparedData, prepare: Callable[[], PreparedData]) -> dict[bytes, np.ndarray] | None:
+    """Map prompts in the policy's tokens to those in the tokens and the chat template of a reward model.
+
+    Args:
+        data: the prompts in the policy's tokens.
+        prepare: prepares them in those of the reward model.
+
+    Returns:
+        The ids by the bytes of the policy's ids; None if the rows have texts as prompts, which need no map.
+
+    Raises:
+        DataError: only some of the rows have messages, or a row is there for one of the tokenizers only.
+    """
+    reports = [data.report["splits"][name] for name in data.splits]
+    templated = sum(report["templated_rows"] for report in reports)
+    if not templated:
+        return None
+    if templated < sum(report["kept"] for report in reports):
+        raise DataError("reward.template=chat: some rows have messages and others text: give rows of one kind")
+    theirs = prepare()
+    found = {}
+    for name, rows in data.splits.items():
+        other = theirs.splits.get(name)
+        by_id = {} if other is None else {row.row_id: row.prompt_ids for row in other.examples(range(len(other)))}
+        for row in rows.examples(range(len(rows))):
+            if row.row_id not in by_id:
+                raise DataError(
+                    f"row {row.row_id} of the {name} split is there for the policy's tokenizer only, not for the "
+                    "reward model's: give data.on_overflow=truncate_prompt data.minimum_response_length=1"
+                )
+            found[row.prompt_ids.tobytes()] = by_id[row.row_id]
+    return found

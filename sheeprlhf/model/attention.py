@@ -36,6 +36,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.modes import accepted
 
 PACKED = "sheeprlhf_packed"
 PACKED_EAGER = "sheeprlhf_packed_eager"  # of models that have no sdpa attention
@@ -475,14 +476,6 @@ def _windows(config: Any, kinds: set[str], computed: Sequence[str]) -> Iterator[
 def _numbers(value: object) -> Iterable[int]:
     values = value if isinstance(value, list | tuple) else [value]
     return (number for number in values if isinstance(number, int) and not isinstance(number, bool) and number > 0)
-
-
-def accepted(module: nn.Module, **inputs: Any) -> dict[str, Any]:
-    """The arguments that a module's forward takes, by name or as any keyword."""
-    parameters = inspect.signature(module.forward).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return inputs
-    return {name: value for name, value in inputs.items() if name in parameters}
 
 
 def no_router_logits(model: PreTrainedModel) -> dict[str, bool]:

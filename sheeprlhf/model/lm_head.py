@@ -8,8 +8,6 @@ The last block is computed only where the head runs (`last_block_at_tails`).
 Letters: C hidden width, R head rows (positions where the head runs), N targets, V vocabulary.
 """
 
-import copy
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, cast
@@ -17,13 +15,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sheeprlhf.model.attention import KeysKnown, TailQueries
-from sheeprlhf.model.folder.weights import HEAD, keep_quantization
-from sheeprlhf.utils.end_tokens import padding_token
-from sheeprlhf.utils.errors import ModelError
 
 MAX_LOGITS = 1 << 26  # logits kept for one backward pass; more is recomputed in chunks of this size
 _CPU_CHUNK, _CHUNK = 1 << 18, 1 << 25  # logits that are worked on at a time in float32: 1 MB stays in a core's cache
@@ -211,42 +206,6 @@ def head_logprobs(
     columns = zip(*(part[:5] for part in parts), strict=True)
     target_N, mean_N, entropy_N, value_N, squares_N = (joined(list(pieces)) for pieces in columns)
     return TokenLogprobs(cast(Tensor, target_N), mean_N, entropy_N, value_N, squares_N)
-
-
-def scalar_model(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The classification model around a causal language model's backbone, with a new head; the backbone is shared.
-
-    The head is N(0, 1/sqrt(d+1)) (learning to summarize, arXiv 2009.01325), in float32.
-
-    Raises:
-        ModelError: transformers has no such model of this architecture, or no token is left for padding.
-    """
-    padding = tokenizer.convert_tokens_to_ids(padding_token(tokenizer))
-    assert isinstance(padding, int)
-    return with_score_head(causal_lm, padding)
-
-
-def with_score_head(causal_lm: PreTrainedModel, padding_id: int) -> PreTrainedModel:
-    """`scalar_model` with this token for padding."""
-    config = copy.deepcopy(causal_lm.config)
-    config.num_labels = 1
-    config.pad_token_id = padding_id
-    try:
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config, dtype=causal_lm.dtype)
-    except ValueError as error:
-        reason = str(error).strip().splitlines()[0]  # the others list all architectures
-        raise ModelError(f"{type(causal_lm).__name__} cannot become a reward model or critic: {reason}") from error
-    backbone, _ = backbone_and_head(causal_lm)
-    head = getattr(model, HEAD, None)
-    if not isinstance(head, nn.Linear) or model.base_model_prefix != causal_lm.base_model_prefix:
-        raise ModelError(f"{type(model).__name__} has no linear layer '{HEAD}' on {type(backbone).__name__}")
-    setattr(model, model.base_model_prefix, backbone)
-    new = nn.Linear(head.in_features, 1, bias=False, device=causal_lm.device)
-    nn.init.normal_(new.weight, std=1 / math.sqrt(head.in_features + 1))
-    setattr(model, HEAD, new)
-    keep_quantization(model, causal_lm)
-    return model.train(causal_lm.training)
 
 
 def head_scores(hidden_RC: Tensor, head: nn.Module) -> Tensor:

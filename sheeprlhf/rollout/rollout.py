@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from sheeprlhf.agent.batches import Batches, BatchOptions, Rows
+from sheeprlhf.agent.batches import Batches, BatchOptions, MappedRows, Rows
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import AdapterValueModel, RewardModel
 from sheeprlhf.data.example import Batch, Example
@@ -651,32 +651,6 @@ def predict_scores(
     return response_scores(fabric, options, model, rollout, tokenizer, packed=packed, step_score=step_score)
 
 
-class RowsOfSteps:
-    """Rows of which the last tokens of the steps of their responses are the trained ones."""
-
-    def __init__(self, rows: Rows, find: StepFinder) -> None:
-        self._rows, self._find = rows, find
-        self._known: dict[int, Example] = {}
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._rows)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(rows,) tokens of each row."""
-        return self._rows.lengths
-
-    def examples(self, indices: Sequence[int]) -> list[Example]:
-        """Return some rows."""
-        for index in set(indices) - self._known.keys():
-            [row] = self._rows.examples([index])
-            prompt = row.prompt_ids.tolist()
-            masks = [self._find(prompt, response.tolist()) for response in row.responses]
-            self._known[index] = row._replace(trained=np.concatenate(masks))
-        return [self._known[index] for index in indices]
-
-
 def response_scores(
     fabric: Fabric,
     options: BatchOptions,
@@ -695,7 +669,14 @@ def response_scores(
     """
     targets, separator = "last", model.step_separator
     if separator is not None:
-        targets, rows = "steps", RowsOfSteps(rows, StepFinder(tokenizer, separator))
+        find = StepFinder(tokenizer, separator)
+
+        def with_steps(row: Example) -> Example:
+            """The row whose trained tokens are the last ones of the steps of its responses."""
+            masks = [find(row.prompt_ids.tolist(), response.tolist()) for response in row.responses]
+            return row._replace(trained=np.concatenate(masks))
+
+        targets, rows = "steps", MappedRows(rows, with_steps)
     batches = Batches(fabric, options, packed=packed, targets=targets)
     with model.in_use():
         scores = predict_targets(fabric, model, model, batches, rows, label, num_rows)

@@ -342,7 +342,7 @@ class ResultRecord(TypedDict):
 class BestRowRecord(TypedDict):
     """A line of `parts/` of task=best_of_n."""
 
-    fate: Literal["kept", "cut", "low"]
+    status: Literal["kept", "cut", "low"]
     prompt: str
     response: str
     score: float

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from sheeprlhf.agent.batches import Batches, Rows, longest_row
 from sheeprlhf.agent.policy import Policy, configured_router_loss, reference_of
+from sheeprlhf.config.model_lookup import initial_run
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import prepare_training_data
 from sheeprlhf.data.sampler import RolloutPlan, StepPlan, load_ahead
@@ -58,14 +59,7 @@ from sheeprlhf.task.finish import (
     saved_rollouts,
     write_rollout,
 )
-from sheeprlhf.task.models import (
-    build_collector,
-    initial_run,
-    load_initial_policy,
-    load_online_setup,
-    load_options,
-    rows_of_shard,
-)
+from sheeprlhf.task.models import build_collector, load_initial_policy, load_online_setup, load_options, rows_of_shard
 from sheeprlhf.utils.errors import ConfigError, DataError, RolloutServerError
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 
@@ -84,12 +78,10 @@ class TrainLoop:
         held_out: the validation split, None if it has no rows; every validation reads `held_out_rows` of it.
         longest: tokens of the longest sequence in any split.
         module: the trained model as wrapped by Fabric, set by `set_up` like its optimizer.
-        reference: computes the reference's log-probabilities before the first step, with `data.streaming` also later.
         load: returns this rank's batches of a step's rows; set by `begin` like `state`, the progress of the run.
     """
 
     module: _FabricModule
-    reference: nn.Module
     optimizer: Optimizer
     load: Callable[[np.ndarray], Any]
     state: TrainState
@@ -125,18 +117,9 @@ class TrainLoop:
             configured_router_loss(policy.causal_lm(), cfg.task.config_name, self.run.say)
         return policy, packed
 
-    def set_up(self, model: nn.Module, *, has_reference: bool = False) -> _FabricModule:
-        """Make the optimizer of the model's trainable parameters, and wrap both with Fabric.
-
-        With `has_reference` and `data.streaming`, the model as it is now is kept as `reference` for later shards.
-        """
-        own = None
-        if has_reference and self.stream is not None and isinstance(model, Policy):
-            own = reference_of(model, new_adapter=self.run.cfg.model.adapter is None)
+    def set_up(self, model: nn.Module) -> _FabricModule:
+        """Make the optimizer of the model's trainable parameters, and wrap both with Fabric."""
         self.module, self.optimizer = set_up(self.fabric, self.run.cfg.optim, model, self.run.cfg.peak_lr())
-        if isinstance(own, Policy):  # else it is on the policy's base
-            place(self.fabric, own)
-        self.reference = own or self.module
         return self.module
 
     def begin(
@@ -370,7 +353,7 @@ class RolloutLoop:
         values = partial(token_values, names=names) if names else None
         options = {} if num_items is None else {"num_items": num_items}
         packed = self.models.packed
-        return Batches(self.fabric, self.run.cfg.task, packed=packed, targets="response", beside=values, **options)
+        return Batches(self.fabric, self.run.cfg.task, packed=packed, targets="response", extras=values, **options)
 
     def update(self, module: _FabricModule, micro_batches: list[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
         """Take an optimizer step as `engine.step.update`; return its metrics, none if the step was skipped."""

@@ -2,13 +2,13 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack, cast
 
-import numpy as np
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -23,10 +23,19 @@ from sheeprlhf.agent.reward import (
     reward_model_of,
     separator_of,
 )
-from sheeprlhf.config.model_lookup import REWARD_MODEL, Trained, with_own_tokenizer
-from sheeprlhf.config.overrides import shell_word
-from sheeprlhf.config.run_lookup import is_same_model, saved_group
-from sheeprlhf.data.prepare import PreparedData, Stream, prepare_data, prepare_training_data
+from sheeprlhf.config.model_lookup import (
+    REWARD_MODEL,
+    Trained,
+    initial_run,
+    is_on_base_of,
+    reads_chat,
+    reward_folder_errors,
+    reward_model_source,
+    whole_model,
+    with_own_tokenizer,
+)
+from sheeprlhf.config.run_lookup import saved_group
+from sheeprlhf.data.prepare import PreparedData, Stream, own_prompts, prepare_data, prepare_training_data
 from sheeprlhf.data.report import available_columns
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.data.tokenize import TextExchange, has_same_tokens
@@ -45,9 +54,8 @@ from sheeprlhf.model.adapter import (
     merge_lora,
     with_adapter,
 )
-from sheeprlhf.model.folder.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer, model_of_start, scalar_model
 from sheeprlhf.model.folder.weights import HEAD, quantize
-from sheeprlhf.model.lm_head import scalar_model
 from sheeprlhf.model.memory import freeze_layers
 from sheeprlhf.reward.score import check_columns, state_warnings, wanted_columns
 from sheeprlhf.rollout.engines import StopStrings
@@ -56,7 +64,7 @@ from sheeprlhf.rollout.sources import EpisodeSource
 from sheeprlhf.structure.data import KeptColumns
 from sheeprlhf.structure.evaluation import ScoredConfig
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
-from sheeprlhf.structure.reward import EPISODE_COLUMNS, MODEL, model_sources, term_folder
+from sheeprlhf.structure.reward import EPISODE_COLUMNS, MODEL, model_sources
 from sheeprlhf.structure.rollout import (
     BestOfNConfig,
     DistillConfig,
@@ -67,9 +75,9 @@ from sheeprlhf.structure.rollout import (
     environment_of,
 )
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
-from sheeprlhf.structure.task import PRMConfig, RMConfig, TrainTaskConfig
+from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.task.finish import check_validation_rows, report_data
-from sheeprlhf.utils.errors import ConfigError, DataError, ModelError, Notify
+from sheeprlhf.utils.errors import DataError, ModelError, Notify
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import phase
 
@@ -253,7 +261,8 @@ def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int
         own, exchange = load_reward_tokenizer(cfg, term), None
         reward: RewardModel | AdapterValueModel
         if reads_chat(cfg) or not has_same_tokens(own, tokenizer):
-            prompts = own_prompts(cfg, own, data, say=run.say) if reads_chat(cfg) else None
+            prepare = partial(prepare_prompts, cfg, own, say=run.say, progress=False)
+            prompts = own_prompts(data, prepare) if reads_chat(cfg) else None
             exchange = TextExchange(tokenizer, own, run.say, chat=reads_chat(cfg), own_prompts=prompts)
             reward, _ = load_separate_reward_model(cfg, own, term, longest=longest, say=run.say)
             why = "is asked in its own chat template" if reads_chat(cfg) else "has another tokenizer"
@@ -299,43 +308,6 @@ def teacher_config(name: str) -> ModelConfig:
     return AutoModelConfig(repo_name=name, disable_dropout=True)
 
 
-def reads_chat(cfg: TrainConfig | EvalConfig) -> bool:
-    """True if reward models read prompt and response in their own chat template."""
-    return getattr(cfg.reward, "template", "plain") == "chat"
-
-
-def own_prompts(
-    cfg: TrainConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, data: PreparedData, *, say: Notify
-) -> dict[bytes, np.ndarray] | None:
-    """Map prompts in the policy's tokens to those in the tokens and the chat template of a reward model.
-
-    Returns:
-        The ids by the bytes of the policy's ids; None if the rows have texts as prompts, which need no map.
-
-    Raises:
-        DataError: only some of the rows have messages, or a row is there for one of the tokenizers only.
-    """
-    reports = [data.report["splits"][name] for name in data.splits]
-    templated = sum(report["templated_rows"] for report in reports)
-    if not templated:
-        return None
-    if templated < sum(report["kept"] for report in reports):
-        raise DataError("reward.template=chat: some rows have messages and others text: give rows of one kind")
-    theirs = prepare_prompts(cfg, tokenizer, say=say, progress=False)
-    found = {}
-    for name, rows in data.splits.items():
-        other = theirs.splits.get(name)
-        by_id = {} if other is None else {row.row_id: row.prompt_ids for row in other.examples(range(len(other)))}
-        for row in rows.examples(range(len(rows))):
-            if row.row_id not in by_id:
-                raise DataError(
-                    f"row {row.row_id} of the {name} split is there for the policy's tokenizer only, not for the "
-                    "reward model's: give data.on_overflow=truncate_prompt data.minimum_response_length=1"
-                )
-            found[row.prompt_ids.tobytes()] = by_id[row.row_id]
-    return found
-
-
 def _make_critic(
     run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, reward: RewardModel | AdapterValueModel | None
 ) -> RewardModel | AdapterValueModel:
@@ -377,7 +349,7 @@ def _load_reward(
 ) -> tuple[RewardModel | AdapterValueModel, bool]:
     """Load the reward model of a term, on the policy's base if possible."""
     run_dir, folder, cfg = reward_model_source(run.cfg, term)
-    if folder is None and isinstance(policy.model, PeftModel) and _same_base(run, cfg, str(run_dir)):
+    if folder is None and isinstance(policy.model, PeftModel) and is_on_base_of(run.cfg, cfg, str(run_dir)):
         final = Path(str(run_dir)) / "final"
         run.say(f"reward model: the final weights of {run_dir}")
         head = nn.Linear(1, 1, bias=False)
@@ -385,32 +357,6 @@ def _load_reward(
         run.say("reward, critic and reference share the policy's base")
         return AdapterValueModel(policy, REWARD, head, offset_of(final), separator_of(final)), True
     return load_separate_reward_model(run.cfg, tokenizer, term, longest=longest, say=run.say)
-
-
-def reward_model_source(cfg: TrainConfig | EvalConfig, term: str = MODEL) -> tuple[str | None, str | None, ModelConfig]:
-    """Return the run or the folder that the reward model of a term is in, and its model's configuration."""
-    folder, run_dir = term_folder(term), getattr(cfg.task, "rm_experiment_dir", None)
-    folder = getattr(cfg.reward, "folder", None) if folder is None else folder
-    if folder is not None:
-        return None, folder, AutoModelConfig(repo_name=folder, disable_dropout=True)
-    assert run_dir is not None  # the command line asks for one
-    saved = saved_group(run_dir, "model")
-    assert isinstance(saved, ModelConfig)
-    return run_dir, None, saved
-
-
-@contextmanager
-def reward_folder_errors(term: str = MODEL) -> Iterator[None]:
-    """Let the errors of a block name the option of a term's folder instead of `model.repo_name`."""
-    try:
-        yield
-    except ModelError as error:
-        raise ModelError(str(error).replace("model.repo_name=", folder_option(term))) from error
-
-
-def folder_option(term: str) -> str:
-    """The option that names the folder of a term's reward model, up to the folder."""
-    return "reward.folder=" if term == MODEL else "reward.terms: model:"
 
 
 def load_reward_tokenizer(cfg: TrainConfig | EvalConfig, term: str = MODEL) -> PreTrainedTokenizerBase:
@@ -435,21 +381,6 @@ def load_separate_reward_model(
     say(f"reward model: the {task.rm_model_name} weights of {run_dir}")
     model = dataclasses.replace(model, disable_dropout=True, gradient_checkpointing=False)
     return load_trained_reward_model(model, Path(str(run_dir)), task.rm_model_name, tokenizer, **how)
-
-
-def _same_base(run: Run, cfg: ModelConfig, rm_dir: str) -> bool:
-    """Return whether a run's reward model is adapters on the very weights that the policy starts from."""
-    task, theirs = run.cfg.task, saved_group(rm_dir, "task")
-    assert isinstance(task, OnlineTaskConfig)
-    return (
-        cfg.finetune_mode == "LORA"
-        and task.rm_model_name == "final"
-        and (Path(rm_dir) / "final" / "adapter_config.json").is_file()
-        and isinstance(theirs, RMConfig | PRMConfig)
-        and initial_run(theirs) == initial_run(task)
-        and is_same_model(cfg.repo_name, run.cfg.model.repo_name)
-        and cfg.quantization == run.cfg.model.quantization
-    )
 
 
 @phase("loading the model")
@@ -480,7 +411,7 @@ def load_policy_from_run(
     `cfg` is the run's model; without a run it is loaded as it is. `weights` is "final", "best", "last" or "step-<n>".
     Raises ConfigError if the run has no `final/` yet; CheckpointError if it has no such checkpoint.
     """
-    whole = _whole_model(cfg, run_dir, weights)
+    whole = whole_model(cfg, run_dir, weights)
     if whole is not None:
         return load_policy(whole, tokenizer, **how)
     assert run_dir is not None
@@ -522,35 +453,13 @@ def load_initial_policy(
         how["say"](f"starting from the {weights} weights of {run_dir}")
         kept = {name: getattr(cfg, name) for name in _OWN_OPTIONS}
         of_run = dataclasses.replace(of_run, **kept, freeze_transformer=False, random_init=False)
-        if _whole_model(of_run, Path(run_dir), weights) is None:  # weights change before they are sharded
+        if whole_model(of_run, Path(run_dir), weights) is None:  # weights change before they are sharded
             how["in_files"] = False
         policy, packed = load_policy_from_run(of_run, Path(run_dir), weights, tokenizer, **how)
     if isinstance(policy.model, PeftModel):
         policy = Policy(merge_lora(policy.model).model)
     quantize(policy.causal_lm(), cfg.quantization)
     return policy, packed
-
-
-def initial_run(task: object) -> tuple[str | None, str]:
-    """Return the run that a task starts from, if it starts from one, and which of its weights."""
-    return getattr(task, "sft_experiment_dir", None), getattr(task, "sft_model_name", "final")
-
-
-def model_of_start(cfg: ModelConfig, run_dir: str, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
-    """Return the model of the run that a training starts from; arguments as of `load_initial_policy`.
-
-    Raises ConfigError if the run has another tokenizer.
-    """
-    of_run = saved_group(run_dir, "model")
-    assert isinstance(of_run, ModelConfig)
-    own = with_own_tokenizer(of_run, Path(run_dir))
-    theirs = load_tokenizer(own if own.resize_embeddings else dataclasses.replace(own, chat_template=None))
-    if theirs.get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(
-            f"task.sft_experiment_dir={run_dir} was trained with the tokenizer of {of_run.repo_name}, which is not "
-            f"that of {cfg.repo_name}: give model={of_run.config_name} model.repo_name={of_run.repo_name}"
-        )
-    return of_run
 
 
 def with_adapters(policy: Policy, cfg: ModelConfig) -> Policy:
@@ -564,26 +473,6 @@ def with_adapters(policy: Policy, cfg: ModelConfig) -> Policy:
     return Policy(with_adapter(policy.causal_lm(), cfg))
 
 
-def _whole_model(cfg: ModelConfig, run_dir: Path | None, weights: str) -> ModelConfig | None:
-    """The model that `cfg` or a run's `final/` holds whole; None for adapters, or for weights of a checkpoint.
-
-    Raises ConfigError if the run has no `final/` yet.
-    """
-    if run_dir is None:
-        return cfg
-    final = run_dir / "final"
-    if weights != "final" or (final / "adapter_config.json").is_file():
-        return None
-    if not final.is_dir():
-        raise ConfigError(
-            f"{run_dir}: this run has no final/ yet; finish it with {shell_word('resume_from', str(run_dir))}"
-        )
-    whole = dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False, quantization=None)
-    whole.adapter = None
-    whole.chat_template = None  # the tokenizer in the folder has it
-    return whole
-
-
 def load_trained_reward_model(
     cfg: ModelConfig,
     run_dir: Path | None,
@@ -592,7 +481,7 @@ def load_trained_reward_model(
     **how: Unpack[LoadOptions],
 ) -> tuple[RewardModel, bool]:
     """Load the reward model that a run trained, with its offset; results and arguments as of `load_policy_from_run`."""
-    whole = _whole_model(cfg, run_dir, weights)
+    whole = whole_model(cfg, run_dir, weights)
     if whole is not None:
         return load_reward_model(whole, tokenizer, **how)
     assert run_dir is not None

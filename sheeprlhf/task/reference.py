@@ -17,21 +17,36 @@ from safetensors.numpy import load, save
 from torch import Tensor, nn
 
 from sheeprlhf.agent.batches import Batches, BatchOptions
-from sheeprlhf.agent.policy import Policy, SharedReference
+from sheeprlhf.agent.policy import Policy, SharedReference, reference_of
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.store import TokenizedSplit
-from sheeprlhf.engine.shard import equal_passes, sum_of_rows
+from sheeprlhf.engine.shard import equal_passes, place, sum_of_rows
 from sheeprlhf.engine.step import LossFn, MicroBatch
 from sheeprlhf.model.folder.weights import content
 from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS
 from sheeprlhf.security.pickled_weights import adapter_folder
 from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.utils.errors import ModelError, Notify
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.modes import eval_mode, isolated_rng
 from sheeprlhf.utils.output import real_file, write_file
+
+
+def set_up_with_reference(loop: TrainLoop, policy: Policy) -> nn.Module:
+    """All ranks: set the loop up; return the module that computes the reference's log-probabilities before each shard.
+
+    With `data.streaming`, the policy as it is now is kept for later shards; else it is its own reference.
+    """
+    if loop.stream is None:
+        return loop.set_up(policy)
+    reference = reference_of(policy, new_adapter=loop.run.cfg.model.adapter is None)
+    loop.set_up(policy)
+    if isinstance(reference, Policy):  # else it is on the policy's base
+        place(loop.fabric, reference)
+    return reference
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -146,7 +161,7 @@ def batches_with_reference(
     """All ranks: batches with the reference's log-probabilities (zeros without a key); see `reference_logprobs`."""
     cut = partial(Batches, fabric, task, packed=packed, targets="response")
     sums = None if key is None else reference_logprobs(fabric, module, cut(), data, split, key, read, tail_weight)
-    return cut(num_items=lambda batch: len(batch.row_ids), beside=partial(reference_logprobs_of, sums))
+    return cut(num_items=lambda batch: len(batch.row_ids), extras=partial(reference_logprobs_of, sums))
 
 
 def check_reference(

@@ -15,14 +15,14 @@ from transformers import (
 )
 
 from sheeprlhf.agent.batches import check_batching
+from sheeprlhf.config.model_lookup import initial_run, reads_chat, reward_folder_errors, reward_model_source
 from sheeprlhf.config.run_lookup import read_run_config, saved_group, task_of_run
 from sheeprlhf.data.tokenize import turn_texts
 from sheeprlhf.engine.shard import tensor_plan
 from sheeprlhf.model.adapter import check_adapters, conflicting_options, read_adapter_config
 from sheeprlhf.model.attention import packing_limit, switch_length
-from sheeprlhf.model.folder.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer, model_of_start, scalar_model
 from sheeprlhf.model.folder.weights import check_vocabulary, check_weights
-from sheeprlhf.model.lm_head import scalar_model
 from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.model.memory import build_on_meta
 from sheeprlhf.security.pickled_weights import adapter_folder
@@ -32,15 +32,7 @@ from sheeprlhf.structure.reward import model_sources
 from sheeprlhf.structure.rollout import DistillConfig, OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.task.eval.load import load_evaluated_tokenizer
-from sheeprlhf.task.models import (
-    initial_run,
-    load_reward_tokenizer,
-    model_of_start,
-    reads_chat,
-    reward_folder_errors,
-    reward_model_source,
-    teacher_config,
-)
+from sheeprlhf.task.models import load_reward_tokenizer, teacher_config
 from sheeprlhf.utils.end_tokens import padding_token
 from sheeprlhf.utils.errors import ConfigError, ModelError, Notify
 from sheeprlhf.utils.modes import isolated_rng

@@ -1,8 +1,10 @@
-"""Training mode of modules and state of random generators, restored after a block."""
+"""Training mode, inputs and arguments of modules; state of random generators."""
 
+import inspect
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,3 +72,22 @@ def isolated_rng() -> Iterator[None]:
         yield
     finally:
         set_rng_state(state)
+
+
+def accepted(module: nn.Module, **inputs: Any) -> dict[str, Any]:
+    """The arguments that a module's forward takes, by name or as any keyword."""
+    parameters = inspect.signature(module.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return inputs
+    return {name: value for name, value in inputs.items() if name in parameters}
+
+
+@contextmanager
+def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Record the inputs of a module during the block."""
+    inputs: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    try:
+        yield inputs
+    finally:
+        hook.remove()

@@ -1,38 +1,47 @@
 """Load tokenizers and causal language models: a hub name, a local folder, or the embedded model, by the same code."""
 
+import copy
+import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.config.path_checks import is_template_file
 from sheeprlhf.config.prompt_format import read_prompt_form
+from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.model.attention import register, use_frequencies_of_rows, use_packed_attention
 from sheeprlhf.model.folder.weights import (
-    LOADING_ERRORS,
+    HEAD,
     add_rows,
     find_files,
     find_weights,
-    first_line,
+    from_checked_files,
+    keep_quantization,
     read_config,
     read_model,
     too_few_rows,
 )
+from sheeprlhf.model.lm_head import backbone_and_head
 from sheeprlhf.model.rms_norm import replace_rms_norms
-from sheeprlhf.security.model_folder import MAX_TEMPLATE, check_templates, check_tokenizer, read_json
+from sheeprlhf.security.model_folder import MAX_TEMPLATE, check_templates, read_json
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.chat_templates import FOLDER, OPTION, SUFFIX, built_in_templates, own_templates, template_names
-from sheeprlhf.utils.end_tokens import set_configured_end_ids
-from sheeprlhf.utils.errors import ModelError, Notify
-from sheeprlhf.utils.home import EMBEDDED, expand_home
+from sheeprlhf.utils.end_tokens import padding_token, set_configured_end_ids
+from sheeprlhf.utils.errors import ConfigError, ModelError, Notify
+from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.output import read_small
 from sheeprlhf.utils.vocabulary import add_special_tokens, num_rows_needed, template_tokens
 
@@ -46,14 +55,7 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     Raises ModelError if it cannot be read, has no EOS token, or the chat template is unknown or must not be used.
     """
     files = find_files(cfg)
-    if not str(cfg.repo_name).startswith(EMBEDDED):
-        check_tokenizer(files.folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(files.source, **files.options)
-    except LOADING_ERRORS as error:
-        raise ModelError(
-            f"model.repo_name={cfg.repo_name}: its tokenizer cannot be loaded: {first_line(error)}"
-        ) from error
+    tokenizer = from_checked_files(AutoTokenizer, cfg, files, "its tokenizer")
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.repo_name={cfg.repo_name}: its tokenizer has no EOS token, so no response could end")
     choose_template(tokenizer, cfg.chat_template)
@@ -66,6 +68,23 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     if cfg.chat_template is None:
         read_prompt_form(files.folder, tokenizer)
     return tokenizer
+
+
+def model_of_start(cfg: ModelConfig, run_dir: str, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
+    """Return the model of the run that a training starts from; arguments as of `load_initial_policy`.
+
+    Raises ConfigError if the run has another tokenizer.
+    """
+    of_run = saved_group(run_dir, "model")
+    assert isinstance(of_run, ModelConfig)
+    own = with_own_tokenizer(of_run, Path(run_dir))
+    theirs = load_tokenizer(own if own.resize_embeddings else dataclasses.replace(own, chat_template=None))
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"task.sft_experiment_dir={run_dir} was trained with the tokenizer of {of_run.repo_name}, which is not "
+            f"that of {cfg.repo_name}: give model={of_run.config_name} model.repo_name={of_run.repo_name}"
+        )
+    return of_run
 
 
 def load_causal_lm(
@@ -203,3 +222,39 @@ def _read(path: Path, choice: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise ModelError(f"{OPTION}={choice} cannot be read: {reason}; give another file") from error
+
+
+def scalar_model(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The classification model around a causal language model's backbone, with a new head; the backbone is shared.
+
+    The head is N(0, 1/sqrt(d+1)) (learning to summarize, arXiv 2009.01325), in float32.
+
+    Raises:
+        ModelError: transformers has no such model of this architecture, or no token is left for padding.
+    """
+    padding = tokenizer.convert_tokens_to_ids(padding_token(tokenizer))
+    assert isinstance(padding, int)
+    return with_score_head(causal_lm, padding)
+
+
+def with_score_head(causal_lm: PreTrainedModel, padding_id: int) -> PreTrainedModel:
+    """`scalar_model` with this token for padding."""
+    config = copy.deepcopy(causal_lm.config)
+    config.num_labels = 1
+    config.pad_token_id = padding_id
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=causal_lm.dtype)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]  # the others list all architectures
+        raise ModelError(f"{type(causal_lm).__name__} cannot become a reward model or critic: {reason}") from error
+    backbone, _ = backbone_and_head(causal_lm)
+    head = getattr(model, HEAD, None)
+    if not isinstance(head, nn.Linear) or model.base_model_prefix != causal_lm.base_model_prefix:
+        raise ModelError(f"{type(model).__name__} has no linear layer '{HEAD}' on {type(backbone).__name__}")
+    setattr(model, model.base_model_prefix, backbone)
+    new = nn.Linear(head.in_features, 1, bias=False, device=causal_lm.device)
+    nn.init.normal_(new.weight, std=1 / math.sqrt(head.in_features + 1))
+    setattr(model, HEAD, new)
+    keep_quantization(model, causal_lm)
+    return model.train(causal_lm.training)

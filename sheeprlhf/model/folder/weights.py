@@ -315,9 +315,9 @@ def find_weights(cfg: ModelConfig, say: Notify) -> ModelFiles:
     return files._replace(tensors=tensors)
 
 
-def unloadable(cfg: ModelConfig, error: Exception) -> ModelError:
-    """The error for the user that a model cannot be loaded."""
-    return ModelError(f"model.repo_name={cfg.repo_name}: the model cannot be loaded: {first_line(error)}")
+def unloadable(cfg: ModelConfig, error: Exception, what: str = "the model") -> ModelError:
+    """The error for the user that a model, or its tokenizer, cannot be loaded."""
+    return ModelError(f"model.repo_name={cfg.repo_name}: {what} cannot be loaded: {first_line(error)}")
 
 
 def num_positions(cfg: ModelConfig) -> int | None:
@@ -325,14 +325,17 @@ def num_positions(cfg: ModelConfig) -> int | None:
 
     Raises ModelError if its configuration cannot be read.
     """
-    files = find_files(cfg)
+    return getattr(from_checked_files(AutoConfig, cfg, find_files(cfg)), "max_position_embeddings", None)
+
+
+def from_checked_files(auto: Any, cfg: ModelConfig, files: ModelFiles, what: str = "the model") -> Any:
+    """Load a tokenizer or a configuration by a class of transformers, after checks of its files. Raises ModelError."""
     if not str(cfg.repo_name).startswith(EMBEDDED):
         check_tokenizer(files.folder)
     try:
-        config = AutoConfig.from_pretrained(files.source, **files.options)
+        return auto.from_pretrained(files.source, **files.options)
     except LOADING_ERRORS as error:
-        raise unloadable(cfg, error) from error
-    return getattr(config, "max_position_embeddings", None)
+        raise unloadable(cfg, error, what) from error
 
 
 def check_weights(

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.batches import choose_packed, longest_row
 from sheeprlhf.agent.reward import RewardModel
-from sheeprlhf.config.model_lookup import with_own_tokenizer
+from sheeprlhf.config.model_lookup import reads_chat, with_own_tokenizer
 from sheeprlhf.data.example import Example
+from sheeprlhf.data.prepare import own_prompts
 from sheeprlhf.data.tokenize import TextExchange, has_same_tokens
 from sheeprlhf.engine.shard import place
 from sheeprlhf.model.folder.load import load_tokenizer
@@ -51,8 +52,7 @@ from sheeprlhf.task.models import (
     load_policy_from_run,
     load_reward_tokenizer,
     load_separate_reward_model,
-    own_prompts,
-    reads_chat,
+    prepare_prompts,
 )
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import DataError
@@ -132,7 +132,8 @@ class Judge:
     def _scores_of_model(self, answers: Answers, term: str) -> list[float]:
         rollout, tokenizer, job = answers.rollout, load_reward_tokenizer(self._cfg, term), self._job
         if reads_chat(self._cfg):
-            prompts = own_prompts(self._cfg, tokenizer, job.prepare_scored(answers.tokenizer), say=job.say)
+            prepare = partial(prepare_prompts, self._cfg, tokenizer, say=job.say, progress=False)
+            prompts = own_prompts(job.prepare_scored(answers.tokenizer), prepare)
             exchange = TextExchange(answers.tokenizer, tokenizer, job.say, chat=True, own_prompts=prompts)
             rollout = rollout.encoded_by(exchange, answers.texts)
         elif not has_same_tokens(answers.tokenizer, tokenizer):

@@ -64,19 +64,19 @@ def best_of(scores: np.ndarray, finished: np.ndarray, min_score: float | None) -
 
 
 def select_rows(rollout: Rollout, texts: Texts, min_score: float | None) -> list[dict[str, Any]]:
-    """Return a row for each prompt of a rollout, also of a dropped one; "fate" is the reason, as of `best_of`.
+    """Return a row for each prompt of a rollout, also of a dropped one; "status" is the reason, as of `best_of`.
 
     "rejected" is the response with the lowest score among those that ended.
     """
     num_responses, rows = rollout.scores.shape[1], []
     for number, (scores, finished) in enumerate(zip(rollout.scores, rollout.finished, strict=True)):
-        best, fate = best_of(scores, finished, min_score)
+        best, status = best_of(scores, finished, min_score)
         chosen = int(scores.argmax()) if best is None else best
         worst = int(np.where(finished, scores, np.inf).argmin())
         place = number * num_responses + chosen
         rows.append(
             {
-                "fate": fate,
+                "status": status,
                 "prompt": texts.prompts[place],
                 "response": texts.responses[place],
                 "score": float(scores[chosen]),
@@ -92,9 +92,9 @@ def select_rows(rollout: Rollout, texts: Texts, min_score: float | None) -> list
 
 def selection_stats(rows: Sequence[dict[str, Any]]) -> SelectionStats:
     """Count the prompts of a split, one or more."""
-    fates = [row["fate"] for row in rows]
+    statuses = [row["status"] for row in rows]
     means = [math.fsum(row[name] for row in rows) / len(rows) for name in ("first_score", "score", "mean_score")]
-    return SelectionStats(len(rows), *(fates.count(fate) for fate in ("kept", "cut", "low")), *means)
+    return SelectionStats(len(rows), *(statuses.count(status) for status in ("kept", "cut", "low")), *means)
 
 
 class RowWriter:
@@ -142,7 +142,7 @@ class RowWriter:
 def write_splits(folder: Path, splits: Mapping[str, Sequence[dict[str, Any]]]) -> None:
     """Write the kept rows of each split, and pairs of the best and the worst response, as `data=local` reads them."""
     for split, rows in splits.items():
-        kept = [row for row in rows if row["fate"] == "kept"]
+        kept = [row for row in rows if row["status"] == "kept"]
         create_file(folder, f"{split}.jsonl", _lines({name: row[name] for name in COLUMNS} for row in kept))
         pairs = [
             {"prompt": row["prompt"], "chosen": row["response"], "rejected": row["rejected"]}

@@ -29,6 +29,7 @@ from sheeprlhf.task.reference import (
     check_reference,
     reference_key,
     response_sums,
+    set_up_with_reference,
     sum_by_response,
     sums_of_step,
 )
@@ -194,14 +195,15 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         policy, packed = loop.load_policy()
         key: str | None = reference_key(policy, cfg, packed=packed)
         policy = with_adapters(policy, cfg.model)
-        module = loop.set_up(policy, has_reference=task.has_fixed_reference())
+        initial = set_up_with_reference(loop, policy) if task.has_fixed_reference() else loop.set_up(policy)
+        module = loop.module
         has_reference, learners, reference = task.loss_type not in NO_REFERENCE and not task.reference_free, None, None
         if task.ref_sync_interval is not None:
             reference = EMA(policy, 1.0 - task.ref_mixup_alpha)
             learners = nn.ModuleDict({"policy": policy, "reference": reference})
         key = key if has_reference and reference is None else None
         kept = partial(batches_with_reference, key=key, packed=packed, tail_weight=task.ld_alpha)
-        with_reference = partial(kept, fabric, task, loop.reference)
+        with_reference = partial(kept, fabric, task, initial)
         held_out = with_reference(loop.data, "validation", loop.held_out_rows) if loop.held_out else None
         loop.begin(lambda rows, read: partial(with_reference(loop.data, loop.split, read).of, rows), learners)
 
@@ -221,9 +223,10 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         if task.self_check != "off" and loop.state.step == 0:
             if has_reference:
                 plain = dataclasses.replace(task, sft_coeff=0.0, use_weighting=False)
-                first, initial = list(prepared(loop.load(loop.plan.rows_of_step(0)))), partial(initial_loss, task=plain)
+                first = list(prepared(loop.load(loop.plan.rows_of_step(0))))
+                losses = partial(dpo_loss, task=plain), partial(initial_loss, task=plain)
                 how = (task.self_check, cfg.fabric.precision, run.say, task.ld_alpha)
-                check_reference(fabric, module, first, partial(dpo_loss, task=plain), initial, *how)
+                check_reference(fabric, module, first, *losses, *how)
             else:
                 run.say("no self-check: this loss has no reference")
 

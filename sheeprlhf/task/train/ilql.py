@@ -138,7 +138,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         policy = with_adapters(policy, cfg.model)
         model = ILQLModel(policy)
         module = loop.set_up(model)
-        batches = Batches(fabric, task, packed=packed, targets="response", beside=rewards_of)
+        batches = Batches(fabric, task, packed=packed, targets="response", extras=rewards_of)
         loop.begin(lambda rows, _: partial(batches.of, rows))
         loss_fn = partial(ilql_loss, task=task)
 

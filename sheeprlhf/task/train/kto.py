@@ -27,7 +27,13 @@ from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import KTOConfig
 from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.task.models import with_adapters
-from sheeprlhf.task.reference import batches_with_reference, check_reference, reference_key, sum_by_response
+from sheeprlhf.task.reference import (
+    batches_with_reference,
+    check_reference,
+    reference_key,
+    set_up_with_reference,
+    sum_by_response,
+)
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
 
@@ -123,7 +129,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         policy, packed = loop.load_policy()
         key = reference_key(policy, cfg, packed=packed)
         policy = with_adapters(policy, cfg.model)
-        module = loop.set_up(policy, has_reference=True)
+        reference = set_up_with_reference(loop, policy)
+        module = loop.module
         desirable_first = [] if loop.held_out is None else np.argsort(~loop.held_out.desirable, kind="stable").tolist()
 
         def open_split(split: str, read: np.ndarray) -> tuple[MismatchedSplit, Batches, Batches]:
@@ -133,7 +140,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 raise DataError("all training rows have one prompt, and KTO compares responses to several prompts")
             name = f"{split}-mismatched"
             data = loop.data._replace(splits=loop.data.splits | {name: pairs})
-            cut = partial(batches_with_reference, fabric, task, loop.reference, data, key=key, packed=packed)
+            cut = partial(batches_with_reference, fabric, task, reference, data, key=key, packed=packed)
             return pairs, cut(name, read), cut(split, read)
 
         def load_of(

@@ -48,7 +48,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         assert isinstance(cfg.data, LayoutDataConfig)
         setattr(model.classifier().config, SEPARATOR, cfg.data.step_separator)
         module = loop.set_up(model)
-        batches = Batches(fabric, task, packed=packed, targets="steps", beside=labels_of)
+        batches = Batches(fabric, task, packed=packed, targets="steps", extras=labels_of)
         loop.begin(lambda rows, _: partial(batches.of, rows))
 
         def validate() -> None:

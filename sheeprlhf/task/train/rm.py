@@ -5,16 +5,13 @@ the mean over the pairs of its responses (InstructGPT, arXiv 2203.02155, eq. 1),
 a response is that after its last token.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
-from sheeprlhf.agent.batches import Batches, Rows
+from sheeprlhf.agent.batches import Batches, MappedRows
 from sheeprlhf.agent.reward import OFFSET, reward_model_of
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.engine.run import open_run
@@ -55,24 +52,9 @@ def likelihood_loss(model: nn.Module, batch: Batch) -> LossOutput:
     return LossOutput(-model(batch, logprobs=True).sum(), {})
 
 
-@dataclass(frozen=True)
-class PreferredResponses:
-    """The rows of a split, each with its best response only."""
-
-    split: Rows
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.split)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(rows,) tokens of each row at most."""
-        return self.split.lengths
-
-    def examples(self, indices: Sequence[int]) -> list[Example]:
-        """Return some rows."""
-        return [row._replace(responses=row.responses[:1], trained=None) for row in self.split.examples(indices)]
+def preferred_only(row: Example) -> Example:
+    """The row with its best response only."""
+    return row._replace(responses=row.responses[:1], trained=None)
 
 
 def chosen_scores(model: nn.Module, batch: Batch) -> LossOutput:
@@ -106,7 +88,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         for step in loop:
             likelihood: dict[str, float] = {}
             if task.likelihood_coeff:
-                preferred = texts.of(PreferredResponses(loop.rows), loop.plan.rows_of_step(loop.state.step))
+                preferred = texts.of(MappedRows(loop.rows, preferred_only), loop.plan.rows_of_step(loop.state.step))
                 found = add_gradients(fabric, module, preferred, likelihood_loss, weight=task.likelihood_coeff)
                 likelihood = {"nll": found["loss"]}
             step.metrics = step.update(loss_fn) | likelihood

@@ -104,8 +104,16 @@ def test_the_training_after_best_of_n(odd: Path, monkeypatch: pytest.MonkeyPatch
     cfg = TrainConfig(
         task=BestOfNConfig(), model=AutoModelConfig(repo_name=str(model)), data=DocstringsConfig(), run_name="x"
     )
-    row = {"fate": "kept", "prompt": "a", "response": "b", "score": 1.0, "n": 8, "mean_score": 0.5, "first_score": 0.1}
-    row |= {"rejected": "c", "rejected_score": 0.2}
+    row = {
+        "status": "kept",
+        "prompt": "a",
+        "response": "b",
+        "score": 1.0,
+        "n": 8,
+        "mean_score": 0.5,
+        "first_score": 0.1,
+    }
+    row |= {"first_score": 0.1, "rejected": "c", "rejected_score": 0.2}
     (odd / "run.json").write_text('{"started": 1, "status": "running"}')
     run = SimpleNamespace(cfg=cfg, dir=odd, say=lambda text: None)
     line = best_of_n._finish(run, {"train": [row]}, TrainState(step=1), longest=20)  # type: ignore[arg-type]

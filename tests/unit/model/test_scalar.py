@@ -18,7 +18,7 @@ from transformers import (
 from sheeprlhf.agent.reward import RewardModel, offset_of
 from sheeprlhf.data.example import collate_packed, collate_padded
 from sheeprlhf.model.attention import PACKED, register
-from sheeprlhf.model.lm_head import scalar_model
+from sheeprlhf.model.folder.load import scalar_model
 from sheeprlhf.utils.end_tokens import padding_token
 from sheeprlhf.utils.errors import ModelError
 from tests.support.batches import random_examples

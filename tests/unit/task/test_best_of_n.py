@@ -54,7 +54,7 @@ def example_rows() -> list[dict]:
 
 def test_a_row_is_its_prompt_with_its_best_response(tmp_path: Path) -> None:
     rows = example_rows()
-    assert [row["fate"] for row in rows] == ["low", "kept", "cut"]
+    assert [row["status"] for row in rows] == ["low", "kept", "cut"]
     assert selection_stats(rows) == SelectionStats(3, 1, 1, 1, first=2.0, best=7 / 3, mean=2.0)
     write_splits(tmp_path, {"train": rows})
     [line] = (tmp_path / "train.jsonl").read_text().splitlines()

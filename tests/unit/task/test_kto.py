@@ -152,7 +152,7 @@ def by_the_task(models: Models, data: PreparedData, *, packed: bool, **options: 
         everything = np.arange(len(splits[name]))
         of_split = (data._replace(splits=splits), name, f"{id(models)}", everything)
         sums = reference_logprobs(fabric, reference, cut(), *of_split)
-        batches[name] = cut(num_items=lambda batch: len(batch.row_ids), beside=partial(reference_logprobs_of, sums))
+        batches[name] = cut(num_items=lambda batch: len(batch.row_ids), extras=partial(reference_logprobs_of, sums))
     policy = as_policy(models.folder, models.policy)
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     module, optimizer = fabric.setup(policy, torch.optim.SGD(policy.parameters(), lr=1.0))

@@ -21,8 +21,9 @@ from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import build_joint_optimizer
 from sheeprlhf.engine.step import add_gradients, update
 from sheeprlhf.model.attention import PACKED, register
+from sheeprlhf.model.folder.load import scalar_model
 from sheeprlhf.model.folder.weights import HEAD
-from sheeprlhf.model.lm_head import backbone_and_head, scalar_model
+from sheeprlhf.model.lm_head import backbone_and_head
 from sheeprlhf.rollout.rollout import Rollout, token_values
 from sheeprlhf.structure.rollout import PPOConfig, ReinforcePPConfig
 from sheeprlhf.structure.run import AdamWConfig, FabricConfig
@@ -179,8 +180,8 @@ def fast_update(setting: Setting) -> dict[str, float]:
     groups = [(policy.parameters(), ACTOR_LR), (critic.parameters(), CRITIC_LR)]
     optimizer: Any = fabric.setup_optimizers(build_joint_optimizer(AdamWConfig(eps=1e-5), groups))
     rollout = with_advantages(setting.rollout, setting.task, KL_COEFF, setting.after)
-    beside = partial(token_values, names=("logprobs", "advantages", "values", "returns"))
-    batches = Batches(fabric, setting.task, packed=True, targets="response", beside=beside)
+    extras = partial(token_values, names=("logprobs", "advantages", "values", "returns"))
+    batches = Batches(fabric, setting.task, packed=True, targets="response", extras=extras)
     micro_batches = batches.of(rollout, np.array([2, 0, 3, 1]))
     assert len(micro_batches) > 1
     messages: dict[str, float] = {}
@@ -268,14 +269,14 @@ def test_a_shared_trunk_learns_the_datasets_texts_beside(
     optimizer: Any = fabric.setup_optimizers(build_joint_optimizer(AdamWConfig(eps=1e-5), groups))
     module = fabric.setup_module(policy)
     rollout = with_advantages(ours.rollout, task, KL_COEFF, None)
-    beside = partial(token_values, names=("logprobs", "advantages", "values", "returns"))
+    extras = partial(token_values, names=("logprobs", "advantages", "values", "returns"))
     cut = partial(Batches, fabric, task, packed=packed, targets="response")
     printed = add_gradients(fabric, module, cut().of(texts, np.arange(3)), ptx_loss, weight=task.ptx_coeff)
     printed |= update(
         fabric,
         module,
         optimizer,
-        cut(beside=beside).of(rollout, np.array([2, 0, 3, 1])),
+        cut(extras=extras).of(rollout, np.array([2, 0, 3, 1])),
         partial(policy_loss, task=task, temperature=TEMPERATURE),
         max_grad_norm=CLIP_NORM,
     )
