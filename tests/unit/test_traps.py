@@ -21,7 +21,7 @@ TRAPS = {
         tests/unit/data/test_collate.py::test_packed_two_responses_share_their_prompt
         tests/unit/rollout/test_generate.py::test_greedy_is_an_argmax_loop_alone_and_left_padded
         tests/parity/test_packed_equals_padded.py::test_packed_equals_padded
-        tests/parity/test_pairs.py::test_a_score_is_the_same_in_any_company""",
+        tests/parity/test_packed_equals_padded.py::test_a_score_is_the_same_in_any_company""",
     "3 two begin tokens": "tests/unit/data/test_tokenize.py::test_bos_is_that_of_the_tokenizer_or_of_the_chat_template",
     "4 the reward or the action mask is one token off": """
         tests/unit/loss/test_advantage.py::test_token_rewards_by_hand
