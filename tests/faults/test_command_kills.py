@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.faults.test_kill import versions
+from tests.faults.test_kill import print_row
 from tests.support.hub import serve
 from tests.support.jobs import Job, JobServer
 from tests.support.past_runs import make_past_run
@@ -217,8 +217,6 @@ def test_campaign(name: str, server: JobServer, tmp_path: Path, model_folder: Mo
     began = time.monotonic()
     with COMMANDS[name](tmp_path, model_folder) as command:
         found = campaign(server, tmp_path, command, kills, seed)
-    minutes = (time.monotonic() - began) / 60
-    print("| command | kills | places | differing | leftovers | orphans | seed | minutes | versions |")
-    print(f"| {name} | {' | '.join(map(str, found.values()))} | {seed} | {minutes:.1f} | {versions()} |", flush=True)
+    print_row({"command": name, **found}, seed, began)
     assert found["kills"] == kills
     assert (found["differing"], found["leftovers"], found["orphans"]) == (0, 0, 0)

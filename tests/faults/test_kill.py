@@ -132,12 +132,12 @@ def measure(victim: Victim) -> tuple[float, float]:
     return time.monotonic() - began, saving / max(len(saves), 1)
 
 
-def versions() -> str:
-    """What a table is of."""
-    of_libraries = (
-        f"torch {torch.__version__}, lightning {lightning.__version__}, transformers {transformers.__version__}"
-    )
-    return f"Python {platform.python_version()}, {of_libraries}"
+def print_row(found: dict[str, object], seed: int, began: float) -> None:
+    """Print what a campaign found as a row of a table of docs/reliability.md, with its heading."""
+    found |= {"seed": seed, "minutes": f"{(time.monotonic() - began) / 60:.1f}"}
+    libraries = [f"{library.__name__} {library.__version__}" for library in (torch, lightning, transformers)]
+    found["versions"] = ", ".join([f"Python {platform.python_version()}", *libraries])
+    print(*(f"| {' | '.join(map(str, cells))} |" for cells in (found, found.values())), sep="\n", flush=True)
 
 
 def files_of(run_dir: Path) -> dict[str, bytes]:
@@ -230,10 +230,8 @@ def test_campaign(server: JobServer, tmp_path: Path, model_folder: ModelFolder) 
     began = time.monotonic()
     scenarios = [name for name in SCENARIOS if re.search(os.environ.get("ONLY", ""), name)]
     tally = campaign(server, tmp_path, model_folder(), kills, seed, scenarios)
-    print("| kills | in save window | cold starts | runs | lost | differing bytes | seed | minutes | versions |")
-    print(
-        f"| {tally.kills} | {tally.in_save} (of {tally.aimed} aimed) | {tally.cold} | {tally.runs} | {tally.lost} | "
-        f"{tally.differing} | {seed} | {(time.monotonic() - began) / 60:.1f} | {versions()} |"
-    )
+    row = {"kills": tally.kills, "in save window": f"{tally.in_save} (of {tally.aimed} aimed)"}
+    row |= {"cold starts": tally.cold, "runs": tally.runs, "lost": tally.lost, "differing bytes": tally.differing}
+    print_row(row, seed, began)
     assert (tally.kills, tally.lost, tally.differing) == (kills, 0, 0)
     assert tally.in_save >= 0.3 * kills  # on two processes fewer of those that are aimed hit

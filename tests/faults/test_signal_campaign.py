@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pytest
 
 from sheeprlhf.engine.checkpoint import latest_checkpoint, saved_steps
-from tests.faults.test_kill import LAST, Victim, differing_bytes, versions
+from tests.faults.test_kill import LAST, Victim, differing_bytes, print_row
 from tests.support.jobs import Job, JobServer
 from tests.support.phases import BEFORE, Moment, durations, last_moment, setup, wait_until_in
 from tests.support.runs import WRITERS, train_words
@@ -80,25 +80,21 @@ class Strike(NamedTuple):
     at: float
 
 
+# Exit codes, tracebacks and a slow second Ctrl-C; signals after which the next step was not saved; starts that went on
+# from less than what was saved; bytes.
+FAULTS = ("wrong", "late", "lost", "differing")
+
+
 @dataclass
 class Tally:
     """What a campaign did and found."""
 
     kinds: Counter[str] = field(default_factory=Counter)
     phases: Counter[str] = field(default_factory=Counter)
-    cold: int = 0
-    starts: int = 0
-    cold_starts: int = 0
-    runs: int = 0
-    wrong: int = 0  # exit codes, tracebacks, a second Ctrl-C that took too long
-    late: int = 0  # signals after which the next step was not saved
-    lost: int = 0  # starts that went on from less than what was saved
-    differing: int = 0
+    counts: Counter[str] = field(default_factory=Counter)  # of starts, runs, and signals in cold starts
+    faults: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(FAULTS, 0)))
     second_exit: float = 0.0
     exit: float = 0.0
-
-    def faults(self) -> tuple[int, ...]:
-        return self.wrong, self.late, self.lost, self.differing
 
 
 def strike(job: Job, path: Path, plan: Plan, lasts: dict[str, float], left: float) -> Strike | None:
@@ -150,14 +146,15 @@ class Campaign:
 
     def run(self, numbers: deque[int]) -> None:
         while numbers:
-            self.tally.runs += 1
-            victim = Victim(self._server, self._words, self._folder / f"run-{self.tally.runs}", by_root_dir=False)
+            self.tally.counts["runs"] += 1
+            place = self._folder / f"run-{self.tally.counts['runs']}"
+            victim = Victim(self._server, self._words, place, by_root_dir=False)
             newest = 0
             while not victim.is_finished():
                 newest = self._signalled(victim, numbers, newest)
             if found := differing_bytes(victim.dir, self._whole.dir):
                 print(f"{victim.dir} differs: {dict(found)}", flush=True)
-                self.tally.differing += found.total()
+                self.tally.faults["differing"] += found.total()
             assert not victim.temporaries()
 
     def _signalled(self, victim: Victim, numbers: deque[int], newest: int) -> int:
@@ -183,7 +180,7 @@ class Campaign:
         ended = time.monotonic()
         self._count(strikes, cold, ended)
         for what, told_of in self._problems(victim, job, code, ended, strikes, newest):
-            setattr(self.tally, what, getattr(self.tally, what) + 1)
+            self.tally.faults[what] += 1
             hit = "; ".join(f"{s.plan.number} {s.plan.kind} in {s.before.phase}, step {s.before.step}" for s in strikes)
             print(f"{what}: {told_of}: {self._task}, seed {self._seed}, signals {hit}\n{job.text()}", flush=True)
         found: list[str] = []
@@ -193,9 +190,7 @@ class Campaign:
 
     def _count(self, strikes: list[Strike], cold: bool, ended: float) -> None:
         tally = self.tally
-        tally.starts += 1
-        tally.cold_starts += cold
-        tally.cold += cold * len(strikes)
+        tally.counts.update(starts=1, cold_starts=cold, cold=cold * len(strikes))
         tally.kinds.update(struck.plan.kind for struck in strikes)
         tally.phases.update(struck.before.phase for struck in strikes)
         if strikes and strikes[-1].plan.kind == TWICE:
@@ -258,16 +253,18 @@ def test_campaign(server: JobServer, tmp_path: Path, model_folder: ModelFolder) 
     numbers = range(total) if only is None else range(int(only), int(only) + 1)
     began = time.monotonic()
     tally = campaign(server, tmp_path, model_folder(), numbers, seed, float(minutes or 1e9))
-    print(
-        "| signals | of each kind | in cold starts | starts (cold) | runs | wrong codes | saved too late | lost | "
-        "differing bytes | longest exit | after a second Ctrl-C | seed | minutes | versions |"
-    )
-    kinds = ", ".join(f"{kind} {tally.kinds[kind]}" for kind in KINDS)
-    print(
-        f"| {tally.kinds.total()} | {kinds} | {tally.cold} | {tally.starts} ({tally.cold_starts}) | {tally.runs} | "
-        f"{' | '.join(map(str, tally.faults()))} | {tally.exit:.1f} s | {tally.second_exit:.2f} s | {seed} | "
-        f"{(time.monotonic() - began) / 60:.1f} | {versions()} |"
-    )
+    counts = tally.counts
+    row: dict[str, object] = {
+        "signals": tally.kinds.total(),
+        "of each kind": ", ".join(f"{kind} {tally.kinds[kind]}" for kind in KINDS),
+        "in cold starts": counts["cold"],
+        "starts (cold)": f"{counts['starts']} ({counts['cold_starts']})",
+        "runs": counts["runs"],
+        **tally.faults,
+        "longest exit": f"{tally.exit:.1f} s",
+        "after a second Ctrl-C": f"{tally.second_exit:.2f} s",
+    }
+    print_row(row, seed, began)
     print("hit: " + ", ".join(f"{phase} {count}" for phase, count in tally.phases.most_common()))
     assert minutes or tally.kinds.total() == len(numbers)
-    assert tally.faults() == (0, 0, 0, 0)
+    assert not tally.faults.total()
