@@ -10,8 +10,12 @@ import json
 import os
 import platform
 import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -30,13 +34,13 @@ from sheeprlhf.engine.manifest import (
     write_manifest,
 )
 from sheeprlhf.engine.parts import create_tensor_file, write_rows, write_together
-from sheeprlhf.engine.shard import cut_like, data_rank, is_sharded
+from sheeprlhf.engine.shard import Part, cut_like, data_rank, is_sharded, part_of
 from sheeprlhf.model.adapter import CRITIC
 from sheeprlhf.security.json_records import MANIFEST as MANIFEST_SCHEMA
 from sheeprlhf.security.json_records import STATE, damaged, load_json
 from sheeprlhf.security.model_folder import read_header
 from sheeprlhf.utils.errors import CheckpointError, Notify, RecordError, UnsafePathError
-from sheeprlhf.utils.lightning import Fabric, gather_objects, is_wrapped
+from sheeprlhf.utils.lightning import Fabric, RankGroup, gather_objects, is_wrapped
 from sheeprlhf.utils.modes import rng_state, set_rng_state
 from sheeprlhf.utils.output import create_file, make_folder, safe_path, sweep_scratch
 
@@ -87,6 +91,65 @@ def read_state(folder: Path) -> TrainState:
     return state
 
 
+Values = Mapping[str, Mapping[str, Tensor | Part]]  # numbers of a checkpoint's tensors, by file and name
+
+
+class BackgroundSaver:
+    """Writes checkpoints of one run in a thread, one after the other, from copies on the host. Used by all ranks."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        """All ranks."""
+        self._ranks = RankGroup(fabric)
+        self._copies: dict[tuple[str, str], Tensor] = {}  # their memory is used again
+        self._pending: Future[None] | None = None
+
+    def wait(self) -> None:
+        """All ranks: wait for the save that is being written, if there is one; raises its error, on all ranks."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def start(self, files: Values, save: Callable[[RankGroup, Values], None]) -> None:
+        """All ranks, when none is pending: call `save` in a thread with copies of the tensors that this rank writes."""
+        values: dict[str, dict[str, Part]] = {}
+        for file, tensors in files.items():
+            values[file] = {}
+            for name, value in tensors.items():
+                part = part_of(value) if isinstance(value, DTensor) else value
+                if not isinstance(part, Part):
+                    assert isinstance(part, Tensor)
+                    part = Part((), part.detach(), self._ranks.is_global_zero)
+                if part.owns:
+                    values[file][name] = part._replace(local=self._copy((file, name), part.local))
+        self._pending = Future()
+        work = partial(_settle, self._pending, partial(save, self._ranks, values))
+        Thread(target=work, name="checkpoint", daemon=True).start()
+
+    def _copy(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
+        kept = self._copies.get(key)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._copies[key] = kept
+        return kept.copy_(tensor)
+
+
+def _settle(future: Future[None], work: Callable[[], None]) -> None:
+    try:
+        work()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(None)
+
+
+def can_save_in_background(fabric: Fabric, run_dir: Path, module: nn.Module) -> bool:
+    """All ranks: True if each can write what it holds: it sees the run directory, and no tensor is cut otherwise."""
+    if not is_sharded(module):
+        return True
+    sharded = [tensor for tensor in saved_tensors(module).values() if isinstance(tensor, DTensor)]
+    return all(gather_objects(fabric, run_dir.is_dir() and None not in map(part_of, sharded)))
+
+
 def save_checkpoint(
     fabric: Fabric,
     run_dir: Path,
@@ -97,6 +160,7 @@ def save_checkpoint(
     config_hash: str,
     keep: int,
     say: Notify = print,
+    background: BackgroundSaver | None = None,
 ) -> Path:
     """All ranks write `checkpoints/step-<state.step>/`: sharded tensors each its part, rank zero the rest.
 
@@ -104,30 +168,59 @@ def save_checkpoint(
 
     Kept are the newest `keep`, the best (`state.best_step`), and every folder that this program did not write, or that
     has a damaged manifest; the latter are named through `say`. Where this step is saved already and intact, nothing is
-    written: the same step of the same run has the same bytes.
+    written: the same step of the same run has the same bytes. With `background`, this returns when the one before is
+    written and the tensors are copied; the rest is done in a thread, and its errors are raised by the next `wait`.
 
     Raises:
         CheckpointError: on all ranks, when it could not be written, or a weight is not finite; earlier checkpoints are
             untouched.
     """
+    if background is not None:
+        background.wait()
     rngs = gather_objects(fabric, rng_state())
-    saved = saved_tensors(module)
     files = {
-        "model.safetensors": saved,
+        "model.safetensors": saved_tensors(module),
         "optimizer.safetensors": optimizer_tensors(module, optimizer),
         "rng.safetensors": {f"{rank}/{name}": t for rank, rng in enumerate(rngs) for name, t in rng.items()},
     }
     target = run_dir / "checkpoints" / f"step-{state.step}"
-    weights = {name: tensor for name, tensor in saved.items() if isinstance(tensor, nn.Parameter)}
-    name = next(filter(None, gather_objects(fabric, not_finite(weights | files["optimizer.safetensors"]))), None)
+    state = dataclasses.replace(state, extra=dict(state.extra))
+    facts = {"config_hash": config_hash, "step": state.step, **numerics_info(fabric, module)}
+
+    def save(ranks: Fabric | RankGroup, values: Values) -> None:
+        _save(ranks, target, state, files, values, facts=facts, keep=keep, say=say)
+
+    if background is None:
+        save(fabric, files)
+    else:
+        background.start(files, save)
+    return target
+
+
+def _save(
+    fabric: Fabric | RankGroup,
+    target: Path,
+    state: TrainState,
+    files: dict[str, dict[str, Tensor]],
+    values: Values,
+    *,
+    facts: dict[str, Any],
+    keep: int,
+    say: Notify,
+) -> None:
+    """All ranks: check and write tensors with these values, which are `files` or copies of this rank's parts of it."""
+    weights = {name for name, tensor in files["model.safetensors"].items() if isinstance(tensor, nn.Parameter)}
+    checked = {name: value for name, value in values["model.safetensors"].items() if name in weights}
+    bad = not_finite({**checked, **values["optimizer.safetensors"]})
+    name = next(filter(None, gather_objects(fabric, bad)), None)
     problem, is_saved = None, False
     if fabric.is_global_zero:
         try:
             if name is not None:
                 raise CheckpointError(f"{name} is not finite: {target} is not written; lower optim.lr")
-            make_folder(run_dir, "checkpoints")
-            safe_path(run_dir, f"checkpoints/{target.name}")
-            is_saved = _is_saved(target, config_hash, say)
+            make_folder(target.parent.parent, "checkpoints")
+            safe_path(target.parent.parent, f"checkpoints/{target.name}")
+            is_saved = _is_saved(target, facts["config_hash"], say)
         except (CheckpointError, UnsafePathError) as error:
             problem = str(error)
         except OSError as error:
@@ -136,7 +229,7 @@ def save_checkpoint(
     if problem is not None:
         raise CheckpointError(problem)
     if not is_saved:
-        _write(fabric, target, state, files, rounds=numerics_info(fabric, module), config_hash=config_hash)
+        _write(fabric, target, state, files, values, facts)
     if fabric.is_global_zero:
         try:
             _prune(target.parent, state, keep, say)
@@ -145,7 +238,6 @@ def save_checkpoint(
     problem = fabric.broadcast(problem)
     if problem is not None:
         raise CheckpointError(problem)
-    return target
 
 
 def numerics_info(fabric: Fabric, module: nn.Module) -> dict[str, Any]:
@@ -174,23 +266,15 @@ def _is_saved(target: Path, config_hash: str, say: Notify) -> bool:
 
 
 def _write(
-    fabric: Fabric,
+    fabric: Fabric | RankGroup,
     target: Path,
     state: TrainState,
     files: dict[str, dict[str, Tensor]],
-    *,
-    rounds: dict[str, Any],
-    config_hash: str,
+    values: Values,
+    facts: dict[str, Any],
 ) -> None:
     """All ranks: each writes its parts of sharded tensors; rank zero the rest."""
-    facts = {
-        "config_hash": config_hash,
-        "step": state.step,
-        **rounds,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": version("lightning"),
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "lightning": version("lightning")}
     sharded = [name for name, tensors in files.items() if any(isinstance(t, DTensor) for t in tensors.values())]
 
     def create(folder: Path) -> None:
@@ -198,15 +282,18 @@ def _write(
             if name in sharded:
                 create_tensor_file(folder, name, tensors)
             else:
-                save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, folder / name)
+                whole = {key: value.local if isinstance(value, Part) else value for key, value in values[name].items()}
+                save_file({key: tensor.detach().contiguous() for key, tensor in whole.items()}, folder / name)
 
     def fill(folder: Path, seen: bool) -> None:
+        if sharded and not seen and isinstance(fabric, RankGroup):  # no collectives of the tensors in a thread
+            raise OSError("not all ranks see the folder: give task.async_checkpoints=false")
         for name in sharded:
-            write_rows(fabric, folder / name, files[name], files[name], seen=seen)
+            write_rows(fabric, folder / name, files[name], values[name], seen=seen)
 
     def finish(folder: Path) -> None:
         create_file(folder, STATE_FILE, state.to_json().encode())
-        write_manifest(folder, facts)
+        write_manifest(folder, facts | versions)
 
     num_bytes = sum(t.nbytes for tensors in files.values() for t in tensors.values())
     write_together(fabric, target, create, fill, finish, num_bytes=num_bytes)
@@ -344,10 +431,10 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors | {name: buffer for name, buffer in module.named_buffers() if name in persistent}
 
 
-def not_finite(tensors: dict[str, Tensor]) -> str | None:
+def not_finite(tensors: Mapping[str, Tensor | Part]) -> str | None:
     """The name of a tensor with a number that is not finite in this rank's part; None if there is none."""
     for name, value in tensors.items():
-        tensor = value.to_local() if isinstance(value, DTensor) else value
+        tensor = value.local if isinstance(value, Part) else value.to_local() if isinstance(value, DTensor) else value
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             return name
     return None

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from sheeprlhf.engine.manifest import write_folder
-from sheeprlhf.engine.shard import part_of, whole
+from sheeprlhf.engine.shard import Part, part_of, whole
 from sheeprlhf.utils.errors import CheckpointError, ModelError, UnsafePathError
-from sheeprlhf.utils.lightning import Fabric, gather_objects
+from sheeprlhf.utils.lightning import Fabric, RankGroup, gather_objects
 from sheeprlhf.utils.output import create_file, open_file
 
 _FORMATS = {  # in the order in which safetensors writes them
@@ -32,7 +32,7 @@ _FORMATS = {  # in the order in which safetensors writes them
 
 
 def write_together(
-    fabric: Fabric,
+    fabric: Fabric | RankGroup,
     target: Path,
     create: Callable[[Path], None],
     fill: Callable[[Path, bool], None],
@@ -114,10 +114,10 @@ def create_tensor_file(
 
 
 def write_rows(
-    fabric: Fabric,
+    fabric: Fabric | RankGroup,
     path: Path,
     tensors: Mapping[str, Tensor],
-    values: Mapping[str, Tensor],
+    values: Mapping[str, Tensor | Part],
     *,
     metadata: Mapping[str, str] | None = None,
     seen: bool = True,
@@ -128,7 +128,7 @@ def write_rows(
         fabric: where it runs.
         path: the file.
         tensors: the file's tensors: number formats and shapes.
-        values: their numbers: sharded tensors, or whole ones that are equal on all ranks.
+        values: their numbers: sharded tensors, the parts that this rank holds, or whole ones, equal on all ranks.
         metadata: as of `create_tensor_file`.
         seen: all ranks see the file; else rank zero gets one whole tensor after the other.
 
@@ -141,8 +141,8 @@ def write_rows(
         file = stack.enter_context(open(open_file(path, os.O_RDWR), "r+b")) if seen or fabric.is_global_zero else None
         for name, place in places.items():
             value, own, first, column = values.get(name), fabric.is_global_zero, 0, 0
-            part = part_of(value) if seen and isinstance(value, DTensor) else None
-            if part is not None:
+            part = part_of(value) if seen and isinstance(value, DTensor) else value
+            if isinstance(part, Part):
                 first, column = ([cut.start for cut in part.place] + [0, 0])[:2]
                 value, own = part.local, part.owns
             elif isinstance(value, DTensor):

@@ -19,7 +19,15 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from sheeprlhf.config.registry import PERFORMANCE_ONLY_OPTIONS, config_hash, config_to_dict
-from sheeprlhf.engine.checkpoint import NOT_THE_SAME, TrainState, restore_latest, save_checkpoint, saved_steps
+from sheeprlhf.engine.checkpoint import (
+    NOT_THE_SAME,
+    BackgroundSaver,
+    TrainState,
+    can_save_in_background,
+    restore_latest,
+    save_checkpoint,
+    saved_steps,
+)
 from sheeprlhf.engine.manifest import MANIFEST
 from sheeprlhf.engine.metrics import MetricWriter
 from sheeprlhf.engine.rundir import CONFIG_FILE, RunLock, changed_options, discard_unused
@@ -65,6 +73,7 @@ class Run:
         self._fabric = fabric
         self._config_hash = config_hash(cfg)
         self._keep = cfg.task.keep_checkpoints
+        self._background: BackgroundSaver | None = None
         self._stack = stack
         self._signals: SignalFlags | None = None
         self._writer: MetricWriter | None = None
@@ -89,6 +98,14 @@ class Run:
         """All ranks, once, before the first log: continue from the newest good checkpoint, or start at step 0."""
         state = restore_latest(self._fabric, self.dir, module, optimizer, config_hash=self._config_hash, say=self.say)
         self._state = state or TrainState()
+        if self.cfg.task.async_checkpoints:
+            if can_save_in_background(self._fabric, self.dir, module):
+                self._background = BackgroundSaver(self._fabric)
+            else:
+                self.say(
+                    "task.async_checkpoints=true is ignored: not all ranks see the run directory, or weights are cut "
+                    "other than by rows and columns"
+                )
         self.begin(self._state.step)
         return self._state
 
@@ -110,7 +127,10 @@ class Run:
         self.say(f"left out a step, {state.skipped_steps} of at most {most}: {error}")
 
     def save(self, state: TrainState, module: nn.Module, optimizer: Optimizer) -> Path:
-        """All ranks: write checkpoints/step-<state.step>; validate before, so that it knows the best step."""
+        """All ranks: write checkpoints/step-<state.step>; validate before, so that it knows the best step.
+
+        With `task.async_checkpoints` it is written in the background, after the one before.
+        """
         return save_checkpoint(
             self._fabric,
             self.dir,
@@ -120,7 +140,13 @@ class Run:
             config_hash=self._config_hash,
             keep=self._keep,
             say=self._say_once,
+            background=self._background,
         )
+
+    def finish_saving(self) -> None:
+        """All ranks: wait for the checkpoint that is written in the background; raises its error."""
+        if self._background is not None:
+            self._background.wait()
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Numbers of one step to all records, on rank zero; after a skipped step, with the count of skipped ones."""
@@ -179,15 +205,24 @@ class Run:
         signum = self.stop_signal()
         if save or signum or state.best_step == state.step:
             self.save(state, module, optimizer)
+        if signum:
+            self.finish_saving()
         if signum in STOP_SIGNALS and not last:
             self.stop(signum)
 
     def close(self, finished: bool = True) -> None:
-        """End the bar and the records; `finished` is False if an error or a signal ends the run."""
+        """End the bar, the saves and the records; `finished` is False if an error or a signal ends the run."""
         if self._progress is not None:
             self._progress.close()
-        if self._writer is not None:
-            self._writer.close(finished)
+        try:
+            self.finish_saving()
+        except Exception as error:
+            if finished:
+                raise
+            self.say(str(error))
+        finally:
+            if self._writer is not None:
+                self._writer.close(finished)
 
 
 @contextmanager

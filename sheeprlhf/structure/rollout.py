@@ -227,7 +227,7 @@ class BestOfNConfig(OnlineTaskConfig):
             *("lr_warmup_ratio", "max_skipped_steps", "eval_at_start"),
             *("early_stopping_metric", "early_stopping_patience", "early_stopping_direction"),
             *("log_interval", "eval_interval", "max_eval_batches", "save_interval", "keep_checkpoints", "num_workers"),
-            "save_rollouts",
+            *("save_rollouts", "async_checkpoints"),
         }
     )
 

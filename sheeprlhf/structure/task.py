@@ -67,6 +67,11 @@ class TrainTaskConfig(Config):
     max_eval_batches: Optional[int] = option(None, "Most of a validation; null: all.", unit="mini-batches", minimum=1)
     save_interval: int = option(100, "Between two checkpoints.", unit="optimizer steps", minimum=1)
     keep_checkpoints: int = option(2, "Newest checkpoints kept (in addition to the best one).", minimum=1)
+    async_checkpoints: bool = option(
+        False,
+        "Write checkpoints in a thread while training goes on, from a copy in the host's memory, as large as what "
+        "trains and its optimizer state.",
+    )
 
     def has_fixed_reference(self) -> bool:
         """True if the loss compares with the policy before its first step."""

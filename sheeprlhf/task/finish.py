@@ -114,6 +114,7 @@ def finish_run(
     state: TrainState,
 ) -> None:
     """All ranks: write `final/` for `from_pretrained`; rank zero marks the run finished and says what measures it."""
+    run.finish_saving()
     final = safe_path(run.dir, "final")
     if not fabric.broadcast(final.exists()):  # complete whenever it is there: it is renamed into place
         _write_final(fabric, final, trained, lambda folder: _save(folder, run, trained, tokenizer))

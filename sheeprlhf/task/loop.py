@@ -383,6 +383,7 @@ class RolloutLoop:
         if stream is not None:  # at least; the sizes of later shards are not known
             num_rollouts = -(-total // whole.steps_of_full_rollout())
         saved, servers = saved_rollouts(num_rollouts, task.save_rollouts), self.collect.servers
+        self._saved_before = whole.rollout_after(state.step)
         if servers is not None:
             servers.restore(whole.rollout_after(state.step))
         for number, plan, stop in self._rollouts(whole, total):
@@ -470,8 +471,10 @@ class RolloutLoop:
         if save and servers is not None:  # a checkpoint comes with all rollouts that older weights sample
             servers.finish_pending()
         run.end_step(state, self._learners, self.optimizer, save=save, last=last)
-        if save and servers is not None:
-            servers.forget_before(iteration.number + 1)
+        if save and servers is not None:  # one that is written in the background may not be complete: the one before is
+            after = iteration.number + 1
+            servers.forget_before(self._saved_before if task.async_checkpoints else after)
+            self._saved_before = after
 
     @contextmanager
     def _saved_at_server_errors(self) -> Iterator[None]:

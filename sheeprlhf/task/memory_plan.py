@@ -35,6 +35,8 @@ def step_plan(
     if isinstance(config.task, BestOfNConfig):  # it only computes forward
         parts = parts._replace(gradients=0, optimizer=0)
     others = _others(config, size, parts.optimizer)
+    if config.task.async_checkpoints and device == "cpu":  # the copy that is written
+        others += size.trainable + parts.optimizer
     if isinstance(config.task, DistillConfig):
         teacher = AutoModelConfig(repo_name=config.task.teacher)
         others += size_of(teacher, config.fabric.precision, False).weights

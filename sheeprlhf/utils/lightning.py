@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -24,6 +24,7 @@ __all__ = [
     "LightningEnvironment",
     "MisconfigurationException",
     "ModelParallelStrategy",
+    "RankGroup",
     "_FabricModule",
     "gather_objects",
     "is_wrapped",
@@ -62,10 +63,29 @@ with _fabric_alone():
 T = TypeVar("T")
 
 
-def gather_objects(fabric: Fabric, item: T) -> list[T]:
+class RankGroup:
+    """All ranks again, in a process group of their own: for collectives of another thread than the main one."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        """All ranks: make the group, which communicates through the host."""
+        self.world_size, self.is_global_zero = fabric.world_size, fabric.is_global_zero
+        self.group: Any = None
+        if self.world_size > 1:
+            timeout = getattr(fabric.strategy, "_timeout", None)
+            self.group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+
+    def broadcast(self, item: T) -> T:
+        """All ranks: rank zero's small object."""
+        items = [item]
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(items, group=self.group)
+        return items[0]
+
+
+def gather_objects(fabric: Fabric | RankGroup, item: T) -> list[T]:
     """All ranks: every rank's small object, in rank order."""
     if fabric.world_size == 1:
         return [item]
     items: list[T | None] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(items, item)
+    torch.distributed.all_gather_object(items, item, group=fabric.group if isinstance(fabric, RankGroup) else None)
     return [gathered for gathered in items if gathered is not None]

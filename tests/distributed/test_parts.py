@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from sheeprlhf.agent.policy import Policy
-from sheeprlhf.engine.checkpoint import TrainState, restore_latest, save_checkpoint
+from sheeprlhf.engine.checkpoint import BackgroundSaver, TrainState, restore_latest, save_checkpoint
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.parts import keeps_parameters, write_model
@@ -52,7 +52,15 @@ def work(_: Any, size: int, folder: Path, model: Path) -> tuple[int, int, int]:
     state = restore_latest(fabric, folder, module, optimizer, config_hash="h", say=lambda _: None)
     assert state is not None
     state.step = 2
-    save_checkpoint(fabric, folder / f"again-{size}", state, module, optimizer, config_hash="h", keep=9)
+    background = BackgroundSaver(fabric)
+    options: dict[str, Any] = {"config_hash": "h", "keep": 9, "background": background}
+    save_checkpoint(fabric, folder / f"again-{size}", state, module, optimizer, **options)
+    kept = [parameter.detach().clone() for parameter in parameters]
+    step(policy, optimizer)  # while it is written
+    background.wait()
+    with torch.no_grad():
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
     assert keeps_parameters(policy.model)
     write_model(fabric, folder / f"final-{size}", policy, lambda target: policy.model.save_pretrained(target))
     return held, sum(parameter.numel() for parameter in parameters), state.step - 1

@@ -88,9 +88,12 @@ def test_sampling_ahead_weighs_tokens_by_importance(tmp_path: Path, model_folder
     assert max(np.abs(np.concatenate(rollouts[1]["importance"]) - 1)) > 1e-3
 
 
-@pytest.mark.parametrize("staleness", [*(pytest.param(k, marks=pytest.mark.nightly) for k in (0, 1)), 2])
+@pytest.mark.parametrize(
+    ("staleness", "in_background"),
+    [*(pytest.param(k, k == 1, marks=pytest.mark.nightly) for k in (0, 1)), (2, False)],
+)
 def test_sampled_rollouts_survive_a_kill(
-    staleness: int, tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+    staleness: int, in_background: bool, tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five rollouts, checkpoints after two and four; the run stops in the updates of the fourth.
 
@@ -99,6 +102,7 @@ def test_sampled_rollouts_survive_a_kill(
     model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
     options = [f"rollout.max_staleness={staleness}", "task.max_num_steps=10", "task.save_interval=4"]
     options += ["task.eval_interval=99", "optim.lr=1e-2", "task.save_rollouts=5"]
+    options.append(f"task.async_checkpoints={in_background}")
 
     def rollouts(run_dir: Path) -> list[Any]:
         return [pq.read_table(path).to_pydict() for path in sorted((run_dir / "rollouts").iterdir())]
@@ -121,7 +125,7 @@ def test_sampled_rollouts_survive_a_kill(
         run_dir = tmp_path / "run"
         assert exit_code(train_words(model, data, run_dir, *words(server.url, *options), task="grpo")) == 1
         kept = sorted(path.name for path in (run_dir / "server_rollouts").iterdir())
-        assert kept == [f"rollout-{number}" for number in range(2, 4 + (staleness > 0))]
+        assert kept == [f"rollout-{number}" for number in range(0 if in_background else 2, 4 + (staleness > 0))]
         train(model, data, run_dir, *words(server.url, *options, "resume=true"), task="grpo")
         assert server.requests.count(GENERATE) == asked + 1  # the check of the routes at the second start
     assert not (run_dir / "server_rollouts").exists()
@@ -328,3 +332,31 @@ def test_vllm_is_killed_in_each_phase(
     assert len(found["rollout/server_difference"]) == 3
     assert worst < 1e-4
     assert (run_dir / "final").is_dir()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("lora", [[], LORA])
+def test_vllm_samples_ahead(lora: list[str], real: tuple[Path, RealServer], tmp_path: Path) -> None:
+    """Rollouts 1 and 2 are of the weights of rollout 0, and 3 and 4 of those of rollout 2."""
+    folder, server = real
+    ahead = ["rollout.max_staleness=2", "task.max_num_steps=20", "task.save_rollouts=5", "task.eval_interval=20"]
+    data = write_rows(tmp_path / "rows.jsonl", 60)
+    run_dir = train(
+        folder, data, tmp_path / "run", *words(server.url, *lora, *ahead, "generation.max_new_tokens=12"), task="grpo"
+    )
+    found = figures(run_dir)
+    assert found["rollout/staleness"] == [1.0, 2.0, 1.0, 2.0]
+    for number, path in enumerate(sorted((run_dir / "rollouts").iterdir())):
+        rows = pq.read_table(path).to_pydict()
+        if number in (0, 1, 2):  # sampled with the weights of the reference
+            apart = max(
+                np.abs(np.array(sampled) - reference).max()
+                for sampled, reference in zip(rows["sampled"], rows["reference"], strict=True)
+            )
+            assert apart < 1e-4
+        assert ("importance" in rows) == (number > 0)
+    worst = max(found["rollout/server_difference_max"] + found["val/server_difference_max"])
+    print(
+        f"\nsampled ahead, {'LoRA' if lora else 'full'}: difference {worst:.1e}, weights {found['rollout/importance']}"
+    )
+    assert worst < 1e-4

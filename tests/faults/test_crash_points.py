@@ -16,7 +16,13 @@ import pytest
 import torch
 
 from sheeprlhf.engine import checkpoint, manifest
-from sheeprlhf.engine.checkpoint import TrainState, latest_checkpoint, restore_latest, save_checkpoint
+from sheeprlhf.engine.checkpoint import (
+    BackgroundSaver,
+    TrainState,
+    latest_checkpoint,
+    restore_latest,
+    save_checkpoint,
+)
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.step import update
@@ -106,20 +112,25 @@ def lose(notes: dict[str, Any], kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "again",
+    ("again", "in_background"),
     [
-        pytest.param(False, id="a new step", marks=pytest.mark.nightly),
-        pytest.param(True, id="over a damaged one", marks=pytest.mark.slow),
+        pytest.param(False, False, id="a new step", marks=pytest.mark.nightly),
+        pytest.param(False, True, id="a new step, in the background", marks=pytest.mark.nightly),
+        pytest.param(True, False, id="over a damaged one", marks=pytest.mark.slow),
     ],
 )
-def test_dying_at_every_call_leaves_one_of_the_two(again: bool, tmp_path: Path) -> None:
+def test_dying_at_every_call_leaves_one_of_the_two(again: bool, in_background: bool, tmp_path: Path) -> None:
     fabric = make_fabric(FabricConfig())
     fabric.launch()
     torch.manual_seed(0)
     module, optimizer = set_up(fabric, AdamWConfig(), Net(), 1e-2)
 
     def save(run_dir: Path, step: int) -> None:
-        save_checkpoint(fabric, run_dir, TrainState(step), module, optimizer, config_hash="h", keep=1)
+        background = BackgroundSaver(fabric) if in_background else None
+        options: dict[str, Any] = {"config_hash": "h", "keep": 1, "background": background}
+        save_checkpoint(fabric, run_dir, TrainState(step), module, optimizer, **options)
+        if background is not None:
+            background.wait()
 
     origin = tmp_path / "origin"
     origin.mkdir()

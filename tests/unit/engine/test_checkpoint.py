@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import shutil
+import threading
 from contextlib import suppress
 
 import pytest
@@ -13,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from sheeprlhf.engine import checkpoint
 from sheeprlhf.engine.checkpoint import (
+    BackgroundSaver,
     TrainState,
     find_checkpoint,
     latest_checkpoint,
@@ -62,6 +65,43 @@ def test_what_is_saved(tmp_path):
     manifest = verify_manifest(folder)
     assert (manifest["step"], manifest["world_size"], manifest["config_hash"]) == (7, 1, "h")
     assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_save_in_the_background_has_the_state_of_its_start(tmp_path, monkeypatch):
+    fabric, module, optimizer = set_up()
+    (tmp_path / "ours").mkdir(), (tmp_path / "expected").mkdir()
+    background, writes = BackgroundSaver(fabric), threading.Event()
+    options = {"config_hash": "h", "keep": 9}
+    for step in (1, 2):  # the second uses the memory of the first again
+        monkeypatch.setattr(checkpoint, "_is_saved", lambda *_: False)
+        save_checkpoint(fabric, tmp_path / "expected", TrainState(step), module, optimizer, **options)
+        monkeypatch.setattr(checkpoint, "_is_saved", lambda *_: not writes.wait(60))
+        state = TrainState(step)
+        folder = save_checkpoint(fabric, tmp_path / "ours", state, module, optimizer, **options, background=background)
+        rng = torch.get_rng_state()
+        update(fabric, module, optimizer, [micro_batch(step, 7)], toy_loss, max_grad_norm=1.0)
+        state.step, state.extra["later"] = 99, 1
+        assert not folder.exists()
+        writes.set()
+        background.wait()
+        writes.clear()
+        for path in (tmp_path / "expected/checkpoints" / folder.name).iterdir():
+            assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
+        torch.set_rng_state(rng)
+
+
+def test_the_next_save_reports_the_error_of_the_one_in_the_background(tmp_path):
+    fabric, module, optimizer = set_up()
+    background = BackgroundSaver(fabric)
+    options = {"config_hash": "h", "keep": 9, "background": background}
+    (tmp_path / "checkpoints").write_text("in the way")
+    save_checkpoint(fabric, tmp_path, TrainState(1), module, optimizer, **options)
+    with pytest.raises(CheckpointError, match="checkpoints"):
+        save_checkpoint(fabric, tmp_path, TrainState(2), module, optimizer, **options)
+    (tmp_path / "checkpoints").unlink()
+    save_checkpoint(fabric, tmp_path, TrainState(3), module, optimizer, **options)
+    background.wait()
+    assert steps(tmp_path) == [3]
 
 
 MOMENTS = {"reward_count": 4, "reward_mean": -0.5, "reward_m2": 0.0}

@@ -184,7 +184,7 @@ def test_evaluating_saving_and_stopping_consume_no_randomness(tmp_path, uninterr
 
 
 def stop_at_3(fabric, run_dir, steps):
-    train_toy_on(fabric, run_dir, steps, stop_at=3)
+    train_toy_on(fabric, run_dir, steps, stop_at=3, in_background=True)
 
 
 @pytest.mark.slow
@@ -202,7 +202,8 @@ def kill_campaign(run_dir, steps, kills, seed):
     generator = random.Random(seed)
     hits = 0
     for number in range(kills):
-        process = FORK.Process(target=train_toy, args=(run_dir, steps), kwargs={"pause": 0.005}, daemon=True)
+        options = {"pause": 0.005, "in_background": number % 4 > 1}
+        process = FORK.Process(target=train_toy, args=(run_dir, steps), kwargs=options, daemon=True)
         process.start()
         checkpoints = run_dir / "checkpoints"
         if number % 2:

@@ -5,11 +5,13 @@ import multiprocessing
 import os
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
 
+from sheeprlhf.engine import checkpoint
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import build_optimizer
@@ -19,16 +21,16 @@ from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.model import TinyConfig
 from sheeprlhf.structure.run import AdamWConfig, FabricConfig, TrainConfig
 from sheeprlhf.structure.task import SFTConfig
-from sheeprlhf.utils.errors import ConfigError, Interrupted
+from sheeprlhf.utils.errors import CheckpointError, ConfigError, Interrupted
 from sheeprlhf.utils.processes import STOP_SIGNALS, die_with_parent, ignored, noted_stop, reliable_sigint
 from tests.unit.engine.toy import NEEDS_FSDP2, Net, micro_batch, on_ranks, seed_all, toy_loss
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
 
 
-def make_cfg(**values):
+def make_cfg(async_checkpoints=False, **values):
     return TrainConfig(
-        task=SFTConfig(keep_checkpoints=2),
+        task=SFTConfig(keep_checkpoints=2, async_checkpoints=async_checkpoints),
         model=TinyConfig(),
         data=LocalDataConfig(train_file=f"https://me:pw@host/{SECRET}.jsonl"),
         fabric=FabricConfig(),
@@ -43,12 +45,12 @@ def begin(fabric, run):
     return run.restore(*fabric.setup(net, build_optimizer(AdamWConfig(), net, 1e-2)))
 
 
-def train(fabric, run_dir, steps):
+def train(fabric, run_dir, steps, **options):
     """The loop of a task, as its author writes it."""
     seed_all(0)
     net = Net(dropout=0.2)
     module, optimizer = fabric.setup(net, build_optimizer(AdamWConfig(), net, 1e-2))
-    with open_run(fabric, make_cfg(), run_dir) as run:
+    with open_run(fabric, make_cfg(**options), run_dir) as run:
         state = run.restore(module, optimizer)
         while state.step < steps:
             micros = [micro_batch(4 * state.step, 4 * state.step + 1), micro_batch(4 * state.step + 2)]
@@ -60,6 +62,24 @@ def train(fabric, run_dir, steps):
             if state.step == steps:
                 run.save(state, module, optimizer)
     return state.step
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_end_of_a_run_waits_for_the_checkpoint_in_the_background(fails, tmp_path, monkeypatch):
+    fabric = make_fabric(FabricConfig())
+    fabric.launch()
+    write = checkpoint._write
+
+    def slow(*given):
+        time.sleep(0.3)
+        if fails:
+            raise CheckpointError("no space")
+        write(*given)
+
+    monkeypatch.setattr(checkpoint, "_write", slow)
+    with pytest.raises(CheckpointError) if fails else nullcontext():
+        train(fabric, tmp_path, 3, async_checkpoints=True)
+    assert (tmp_path / "checkpoints/step-3").exists() is not fails
 
 
 def test_a_whole_run(tmp_path, capsys):

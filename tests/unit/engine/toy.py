@@ -17,7 +17,7 @@ from lightning.fabric import Fabric
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from sheeprlhf.engine.checkpoint import TrainState, restore_latest, save_checkpoint
+from sheeprlhf.engine.checkpoint import BackgroundSaver, TrainState, restore_latest, save_checkpoint
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import build_optimizer, follow_schedule
 from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate, update
@@ -86,6 +86,7 @@ def train_toy_on(
     keep: int = 3,
     pause: float = 0.0,
     stop_at: int | None = None,
+    in_background: bool = False,
 ) -> TrainState:
     """Go on from the newest checkpoint; a new process begins with other random states each time."""
     torch.manual_seed(0)
@@ -94,6 +95,7 @@ def train_toy_on(
     optimizer = build_optimizer(cfg, module, 1e-2)
     module, optimizer = fabric.setup(module, optimizer)
     seed_all(time.time_ns() % 2**31)
+    background = BackgroundSaver(fabric) if in_background else None
     state = restore_latest(fabric, run_dir, module, optimizer, config_hash=HASH, say=print)
     if state is None:
         seed_all(1 + fabric.global_rank)
@@ -111,8 +113,11 @@ def train_toy_on(
             if state.best_metric is None or loss < state.best_metric:
                 state.best_metric, state.best_step = loss, state.step
         if state.step % save_every == 0:
-            save_checkpoint(fabric, run_dir, state, module, optimizer, config_hash=HASH, keep=keep)
+            options: dict[str, Any] = {"config_hash": HASH, "keep": keep, "background": background}
+            save_checkpoint(fabric, run_dir, state, module, optimizer, **options)
         time.sleep(pause)
+    if background is not None:
+        background.wait()
     return state
 
 
