@@ -162,6 +162,19 @@ def _layers_of(part: nn.Module, style: str) -> list[nn.Module]:
     return [part.get_base_layer(), *(part.lora_A if style == "rowwise" else part.lora_B).values()]
 
 
+def uncut_weights(module: nn.Module, size: int) -> list[nn.Parameter]:
+    """Weights of the blocks that a group of `size` processes does not cut up: of norms, one matrix of each adapter.
+
+    Raises ModelError as `tensor_plan`.
+    """
+    backbone, plan = tensor_plan(module, size)
+    parts = [(part, style) for pattern, style in plan.items() for part in _matching(backbone, pattern)]
+    layers = [layer for part, style in parts if style in _STYLES for layer in _layers_of(part, style)]
+    cut = {weight for layer in layers for weight in layer.parameters()}
+    blocks = next(part for part in module.modules() if isinstance(part, nn.ModuleList))
+    return [weight for weight in blocks.parameters() if weight not in cut]
+
+
 def tensor_plan(module: nn.Module, size: int) -> tuple[nn.Module, dict[str, str]]:
     """The backbone of a model, and transformers' plan for the layers of its blocks that `size` processes share.
 

@@ -10,8 +10,9 @@ weights, r such groups and m forward and backward passes of a rank, a rank recei
 
 and computes 2 P operations a token forward, 2 P for the gradients of activations, 2 Q for those of weights, and 2 P
 where gradient checkpointing repeats the forward pass; attention scores are left out. Of t tensor-parallel ranks, each
-gathers, reduces and computes with 1 / t of the weights in the blocks, among s / t ranks; the activations that they add
-up are left out. Only the policy's optimizer step is counted: no sampling, no scores, no validation, no checkpoint.
+gathers, reduces and computes with 1 / t of the weights in the blocks, among s / t ranks, and with all of those that a
+group does not cut up (norms, one matrix of each adapter); the activations that they add up are left out. Only the
+policy's optimizer step is counted: no sampling, no scores, no validation, no checkpoint.
 """
 
 import time
@@ -29,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.ranks import make_mesh, meshes_of
-from sheeprlhf.engine.shard import shard_module, sharding_options
+from sheeprlhf.engine.shard import shard_module, sharding_options, uncut_weights
 from sheeprlhf.model.memory import MIXED, ModelSize, build_on_meta
 from sheeprlhf.structure.rollout import BestOfNConfig
 from sheeprlhf.structure.run import ClusterConfig, DoctorConfig, TrainConfig
@@ -63,16 +64,23 @@ class StepTime(NamedTuple):
 def traffic(config: TrainConfig, size: ModelSize, *, passes: int) -> Traffic:
     """The traffic of a rank in a step of `passes` forward and backward passes."""
     ranks, train = ranks_of(config.fabric), size.trainable_numbers
+    more = more_trained = 0  # numbers of the blocks that are computed with by every rank of a group, but for the first
+    if ranks.tensor > 1:
+        module = build_on_meta(config.model, scores=config.task.trains == "reward model")[1]
+        for weight in uncut_weights(module, ranks.tensor):
+            more += (ranks.tensor - 1) * weight.numel()
+            more_trained += (ranks.tensor - 1) * weight.numel() * weight.requires_grad
     if isinstance(config.task, BestOfNConfig):
-        train = 0
+        train = more_trained = 0
     s, r = ranks.shards, ranks.total // ranks.shards
     of_blocks = (s / ranks.tensor - 1) / s  # of a number in the blocks, what a rank receives of the others
-    blocks, trained = size.parameters - size.outside, min(train, size.parameters - size.outside)
-    gathered = passes * (size.outside * (s - 1) / s + 2 * blocks * of_blocks)
+    blocks = size.parameters - size.outside
+    around, trained = train - min(train, blocks), min(train, blocks) + more_trained
+    gathered = passes * (size.outside * (s - 1) / s + 2 * (blocks + more) * of_blocks)
     return Traffic(
         gather=round(gathered * ranks.gather_bytes),
-        reduce=round(((train - trained) * (s - 1) / s + trained * of_blocks) * ranks.reduce_bytes),
-        all_reduce=round(2 * train / s * (r - 1) / r * ranks.reduce_bytes),
+        reduce=round((around * (s - 1) / s + trained * of_blocks) * ranks.reduce_bytes),
+        all_reduce=round(2 * (around + trained) / s * (r - 1) / r * ranks.reduce_bytes),
     )
 
 
