@@ -222,7 +222,7 @@ def of_ranks(quick: bool) -> None:
             for kind, speed, share in zip(lines, speeds, (ranks, 1), strict=True):
                 tokens = Case(rows).num_tokens() * share
                 efficiency = f"{tokens / speed.step / ranks / (Case(rows).num_tokens() / alone.step):.0%}"
-                parts = [milliseconds(speed.parts[name]) if speed.parts else "" for name in SPLIT]
+                parts = [milliseconds(speed.parts[name]) if speed.parts else "-" for name in SPLIT]
                 whole, cpu = milliseconds(speed.step), milliseconds(speed.cpu)
                 lines[kind].append([strategy, ranks, tokens, whole, tokens / speed.step, efficiency, cpu, *parts])
     header = [

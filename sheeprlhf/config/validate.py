@@ -42,7 +42,7 @@ from sheeprlhf.structure.run import (
     SGDConfig,
     TrainConfig,
 )
-from sheeprlhf.structure.task import DPOConfig, ILQLConfig, PRMConfig, RMConfig, SFTConfig, TrainTaskConfig
+from sheeprlhf.structure.task import DPOConfig, ILQLConfig, PRMConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.home import cache_place
 from sheeprlhf.utils.memory import cuda_problem, missing_modules
@@ -451,11 +451,8 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
     if optim.schedule == "wsd" and warmup + optim.decay_ratio > 1:
         both = f"task.lr_warmup_ratio={warmup:g} and optim.decay_ratio={optim.decay_ratio:g}"
         yield f"{both} are more than the whole run: their sum must be at most 1"
-    if isinstance(config.task, ILQLConfig):
-        if config.model.finetune_mode == "LORA":
-            yield "model.finetune_mode=LORA is not supported by task=ilql: give model.finetune_mode=ALL"
-        if config.fabric.strategy == "fsdp2":
-            yield "fabric.strategy=fsdp2 is not supported by task=ilql: give fabric.strategy=ddp"
+    if isinstance(config.task, ILQLConfig) and config.model.finetune_mode == "LORA":
+        yield "model.finetune_mode=LORA is not supported by task=ilql: give model.finetune_mode=ALL"
     yield from _step_problems(config)
     yield from sharding_problems(config)
     yield from start_problems(config)
@@ -571,8 +568,6 @@ def sharding_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
         return
     if quantization is not None:
         yield f"{quantized} by fabric.strategy=fsdp2, whose shards lose the scales of the weights: {ddp}"
-    if isinstance(config.task, RMConfig) and config.task.likelihood_coeff:
-        yield f"task.likelihood_coeff={config.task.likelihood_coeff:g} is not supported by fabric.strategy=fsdp2: {ddp}"
     if isinstance(config, TrainConfig) and isinstance(config.optim, AdamW8bitConfig):
         yield f"optim=adamw_8bit is not supported by fabric.strategy=fsdp2: give optim=adamw, or {ddp}"
     if model is not None and model.finetune_mode == "LORA":

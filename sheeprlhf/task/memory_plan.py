@@ -133,6 +133,8 @@ def _sharded(parts: MemoryPlan, config: TrainConfig, size: ModelSize, device: st
     several = passes_of_rank(config, size)[1] > 1
     gradients = computed(trains, size, ranks) if several else min(size.block, trains) // ranks.tensor
     held = {name: -(-getattr(parts, name) // ranks.shards) for name in SHARDED}
+    if isinstance(config.task, ILQLConfig):  # the target heads are whole on every rank
+        held["weights"] += 4 * config.task.num_q_heads * size.head * (ranks.shards - 1) // ranks.shards
     if config.fabric.offload == "cpu" and device == "cuda":
         held = dict.fromkeys(SHARDED, 0)
     casts = min(size.fixed, 2 * size.parameters) if config.fabric.precision == "bf16-mixed" else 0

@@ -21,6 +21,7 @@ from sheeprlhf.agent.batches import Batches, Rows
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
+from sheeprlhf.engine.shard import cut_like, gathered, whole
 from sheeprlhf.engine.step import LossOutput, evaluate
 from sheeprlhf.loss.ilql import expectile_losses, q_losses
 from sheeprlhf.model.lm_head import backbone_and_head, head_logprobs, head_scores
@@ -82,8 +83,9 @@ class ILQLModel(nn.Module):
 
     @torch.no_grad()
     def update_targets(self, rate: float) -> None:
-        """Move the target heads towards the Q heads: target <- (1 - rate) target + rate Q."""
-        self.targets_HVC.lerp_(torch.stack(self._q_weights()), rate)
+        """All ranks: move the target heads towards the Q heads: target <- (1 - rate) target + rate Q."""
+        for target_VC, weight_VC in zip(self.targets_HVC, self._q_weights(), strict=True):
+            target_VC.lerp_(whole(weight_VC), rate)
 
     @contextmanager
     def weighted_by_q(self, coeff: float) -> Iterator[None]:
@@ -93,7 +95,8 @@ class ILQLModel(nn.Module):
         assert isinstance(head, nn.Linear)
         new = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
         with torch.no_grad():
-            new.weight = nn.Parameter(head.weight + (coeff * self.targets_HVC.mean(dim=0)).to(head.weight))
+            tilt_VC = (coeff * self.targets_HVC.mean(dim=0)).to(head.weight.dtype)
+            new.weight = nn.Parameter(head.weight + cut_like(tilt_VC, head.weight))
         if head.bias is not None:
             new.bias = head.bias
         model.set_output_embeddings(new)
@@ -144,8 +147,9 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
 
         def validate() -> None:
             loop.record(evaluate(fabric, module, loop.validation_batches(batches), loss_fn))
-            with model.weighted_by_q(task.advantage_coeff):
-                loop.log_samples(policy)
+            if task.num_sample_prompts:
+                with gathered(fabric, model), model.weighted_by_q(task.advantage_coeff):
+                    loop.log_samples(policy)
 
         if loop.validates_at_start:
             validate()

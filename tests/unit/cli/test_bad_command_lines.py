@@ -222,7 +222,6 @@ BAD = [
     ("train task=dpo task.ref_mixup_alpha=0.5", ["task.ref_mixup_alpha=0.5", "task.ref_sync_interval"]),
     ("train task=sft model.frozen_layers=1 model.finetune_mode=LORA", ["model.frozen_layers=1", "layers_to_transform"]),
     ("train task=sft model.frozen_layers=1 model.resize_embeddings=true", ["model.frozen_layers=0"]),
-    ("train task=rm task.likelihood_coeff=1 fabric.strategy=fsdp2", ["task.likelihood_coeff=1", "fabric.strategy=ddp"]),
     (
         "train task=ppo reward=list reward.terms=[length] reward.target_length=5 reward.combine=min",
         ["reward.combine=sum"],
@@ -242,7 +241,6 @@ BAD = [
         ["data.step_separator", "task=prm"],
     ),
     ("train task=grpo reward=model reward.folder=@/none reward.step_score=each", ["reward.step_score=each", "min"]),
-    ("train task=ilql fabric.strategy=fsdp2", ["fabric.strategy=ddp"]),
     ("train task=grpo task.max_ratio=1.1", ["task.max_ratio=1.1", "1.2"]),
     ("train task=reinforce_pp task.group_baseline=true", ["task.num_generations=4"]),
     ("train task=dpo task.loss_type=exo", ["task.label_smoothing=0.001"]),
