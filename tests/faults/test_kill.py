@@ -15,12 +15,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-import lightning
 import pytest
-import torch
-import transformers
 
 from tests.support.jobs import ColdJob, Job, JobServer, RanksJob, site
 from tests.support.runs import WRITERS, train_words
@@ -135,7 +133,7 @@ def measure(victim: Victim) -> tuple[float, float]:
 def print_row(found: dict[str, object], seed: int, began: float) -> None:
     """Print what a campaign found as a row of a table of docs/reliability.md, with its heading."""
     found |= {"seed": seed, "minutes": f"{(time.monotonic() - began) / 60:.1f}"}
-    libraries = [f"{library.__name__} {library.__version__}" for library in (torch, lightning, transformers)]
+    libraries = [f"{name} {version(name)}" for name in ("torch", "lightning", "transformers")]
     found["versions"] = ", ".join([f"Python {platform.python_version()}", *libraries])
     print(*(f"| {' | '.join(map(str, cells))} |" for cells in (found, found.values())), sep="\n", flush=True)
 
