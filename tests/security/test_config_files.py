@@ -103,11 +103,3 @@ def test_a_recipe_calls_nothing_and_ends_soon(
     assert (watch.code_run(), watch.programs, watch.sockets) == ([], [], [])
     assert list((tmp_path / "empty").iterdir()) == []
     assert name != "targets" or text.count("_target_") == len(TARGETS)
-
-
-def test_aliases_of_a_usual_size_are_read(tmp_path: Path, capsys) -> None:
-    (tmp_path / "experiment").mkdir()
-    text = "# @package _global_\nseed: &n 7\ntask: {epochs: *n}\n"
-    (tmp_path / "experiment" / "mine.yaml").write_text(text)
-    run(["train", "task=sft", f"--config-dir={tmp_path}", "experiment=mine", "--cfg", "job"])
-    assert "epochs: 7" in capsys.readouterr().out
