@@ -58,6 +58,8 @@ CASES = {
     "rloo": Case("rloo", ONLINE, ("objective/scores", "objective/rlhf_reward", "loss/policy", "val/scores"), 21),
 }
 NIGHTLY = (
+    "dpo",
+    "sft, early stopping",
     "grpo",
     "prm",
     "ilql",
