@@ -4,7 +4,7 @@ import difflib
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -41,12 +41,51 @@ def unread(given: str, where: str, instead: str = "") -> str:
     return f"{given} is not read {where}: remove it" + (f", or give {instead}" if instead else "")
 
 
-def unread_rules(group: str, cfg: Any, default: type, *rules: tuple[str, bool, str, str]) -> Iterator[str]:
-    """Problems of options that differ from their default and are not read, by (name, is read, where, instead)."""
-    for name, is_read, where, instead in rules:
-        value = getattr(cfg, name)
-        if not is_read and value != getattr(default, name):
-            yield unread(f"{group}.{name}={f'{value:g}' if isinstance(value, float) else value}", where, instead)
+def holds(condition: str, values: Mapping[str, Any]) -> bool:
+    """True if all parts of a condition do: `key=a|b`, `key!=a|b`, or `key`: it is not null, 0, false or empty."""
+    for part in condition.split():
+        name, equals, wanted = part.partition("=")
+        key = name.rstrip("!")
+        is_one = shown(values.get(key)) in wanted.split("|") if equals else bool(values.get(key))
+        if key not in values or is_one == name.endswith("!"):
+            return False
+    return True
+
+
+def shown(value: Any) -> str:
+    """A value in messages, and in conditions of `holds`."""
+    if isinstance(value, bool) or value is None:
+        return "null" if value is None else str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(list(value) if isinstance(value, tuple) else value)
+
+
+def unread_problems(found: Iterable[Option], rules: Mapping[str, str]) -> Iterator[str]:
+    """Options that differ from their default and need a condition to be read that does not hold."""
+    by_key = {option.key: option for option in found}
+    values = {key: option.value for key, option in by_key.items()}
+    for keys, conditions in rules.items():
+        for option in (by_key[key] for key in keys.split() if key in by_key):
+            usual = tuple(option.default) if isinstance(option.default, list) else option.default
+            for condition in conditions.split() if option.value != usual else ():
+                name, _, wanted = condition.partition("=")
+                other, named = by_key.get(name.rstrip("!")), [value for value in wanted.split("|") if value]
+                if other is not None and not holds(condition, values):
+                    if name.endswith("!"):
+                        named = [choice for choice in other.metadata["choices"] if choice not in named]
+                    instead = f"{other.key}={' or '.join(named) or '<value>'}"
+                    yield unread(
+                        f"{option.key}={shown(option.value)}", f"with {other.key}={shown(other.value)}", instead
+                    )
+
+
+def conflicts(found: Iterable[Option], rules: Iterable[tuple[str, str, str, str]]) -> Iterator[str]:
+    """Problems of options that are set together, by (condition, other condition, reason, fix)."""
+    values = {option.key: option.value for option in found}
+    for first, second, reason, fix in rules:
+        if holds(f"{first} {second}", values):
+            keys = [part.partition("=")[0].rstrip("!") for part in f"{first} {second}".split()]
+            given = " and ".join(f"{key.removesuffix('.config_name')}={shown(values[key])}" for key in keys)
+            yield f"{given} do not go together{reason and f': {reason}'}: {fix}"
 
 
 def not_installed(given: str, packages: Iterable[str], extra: str) -> str:

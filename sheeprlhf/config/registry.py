@@ -85,6 +85,7 @@ class Option(NamedTuple):
     type: Any
     value: Any
     metadata: typing.Mapping[str, Any]
+    default: Any = None
 
 
 def choices(group: str, verb: str = "") -> dict[str, type[Config]]:
@@ -137,7 +138,9 @@ def options(node: Config | DictConfig, prefix: str = "") -> Iterator[Option]:
         if isinstance(value, Config | DictConfig):
             yield from options(value, f"{key}.")
         else:
-            yield Option(key, hints[field.name], value, _metadata(cls, field.name))
+            made = field.default_factory is not dataclasses.MISSING
+            default = field.default_factory() if made else field.default
+            yield Option(key, hints[field.name], value, _metadata(cls, field.name), default)
 
 
 def _metadata(cls: type, name: str) -> typing.Mapping[str, Any]:

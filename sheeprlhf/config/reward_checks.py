@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sheeprlhf.config.option_checks import did_you_mean, nearest, not_installed, unread, unread_rules, url_problem
+from sheeprlhf.config.option_checks import did_you_mean, nearest, not_installed, unread, url_problem
 from sheeprlhf.config.overrides import shell_word
 from sheeprlhf.config.path_checks import (
     is_hub_id,
@@ -32,7 +32,7 @@ from sheeprlhf.config.run_lookup import (
     start_problems,
     task_of_run,
 )
-from sheeprlhf.config.validate import sharding_problems, unread_options
+from sheeprlhf.config.validate import unread_options
 from sheeprlhf.security.model_folder import merge_advice
 from sheeprlhf.structure.evaluation import (
     NOTHING,
@@ -73,7 +73,6 @@ from sheeprlhf.structure.rollout import (
     PPOConfig,
     RatioTaskConfig,
     ReinforcePPConfig,
-    RolloutSourceConfig,
     VLLMRolloutConfig,
 )
 from sheeprlhf.structure.run import AdamWConfig, EvalConfig, GenConfig, InspectConfig, TrainConfig
@@ -91,7 +90,6 @@ _EXAMPLES = {"target_length": "12", "pattern": r"'^Return\b'"}
 
 def reward_problems(cfg: RewardSourceConfig) -> Iterator[str]:
     """Every problem of a source of rewards: its functions, their options, penalties without effect."""
-    yield from _penalty_problems(cfg)
     sources: list[str] = []
     if isinstance(cfg, FunctionRewardConfig):
         sources = [cfg.path]
@@ -136,20 +134,6 @@ def _ensemble_problems(cfg: ListRewardConfig, num_models: int) -> Iterator[str]:
     if cfg.combine != "sum" and num_models < 2:
         advice = "add for example model:<folder>, or give reward.combine=sum"
         yield f"reward.combine={cfg.combine} compares reward models, and reward.terms has {num_models}: {advice}"
-    is_read, where = cfg.combine == "uncertainty", f"with reward.combine={cfg.combine}"
-    rule = ("uncertainty_coeff", is_read, where, "reward.combine=uncertainty")
-    yield from unread_rules("reward", cfg, ListRewardConfig, rule)
-
-
-def _penalty_problems(cfg: RewardSourceConfig) -> Iterator[str]:
-    if cfg.short_penalty != RewardSourceConfig.short_penalty and cfg.min_response_length == 0:
-        given = f"reward.short_penalty={cfg.short_penalty:g}"
-        yield unread(given, "with reward.min_response_length=0", "for example reward.min_response_length=4")
-    elif cfg.short_penalty == 0:
-        yield (
-            f"reward.min_response_length={cfg.min_response_length} does nothing with reward.short_penalty=0: "
-            "remove both, or give for example reward.short_penalty=1"
-        )
 
 
 def _readable_terms(texts: list[str]) -> Iterator[Term | str]:
@@ -379,10 +363,10 @@ def online_problems(config: TrainConfig, task: OnlineTaskConfig) -> Iterator[str
     if given := narrowing_options(config.generation):
         why = "a policy learns from what it samples with all its probabilities"
         yield f"{given}: {why}: remove it, or give generation.temperature"
-    if isinstance(task, PPOConfig):
-        yield from _ppo_problems(task, model.dtype)
-    if isinstance(task, GRPOConfig):
-        yield from _grpo_problems(task, config.rollout)
+    if isinstance(task, GRPOConfig) and task.max_ratio is not None:
+        high = 1.0 + (task.clip_coeff if task.clip_high is None else task.clip_high)
+        if task.max_ratio <= high:
+            yield f"task.max_ratio={task.max_ratio:g} is not above the clipped ratio {high:g}: give for example 4"
     if isinstance(task, DistillConfig) and task.teacher is None:
         yield "task.teacher is missing: give the folder or the hub id of the model that is learned from"
     elif isinstance(task, DistillConfig):
@@ -390,8 +374,6 @@ def online_problems(config: TrainConfig, task: OnlineTaskConfig) -> Iterator[str
         yield from [] if problem is None else [problem.replace("model.repo_name=", "task.teacher=")]
     elif isinstance(config.reward, NoRewardConfig):
         yield f"reward=none gives task={task.config_name} nothing to learn: give for example reward=model"
-    if isinstance(task, ReinforcePPConfig) and task.group_baseline and task.num_generations == 1:
-        yield "task.group_baseline=true compares the responses to a prompt: give for example task.num_generations=4"
     compares = f"task={task.config_name} compares probabilities of different passes"
     if model.finetune_mode == "LORA" and model.lora_cfg is not None and model.lora_cfg.dropout > 0:
         yield f"model.lora_cfg.dropout={model.lora_cfg.dropout}: {compares}: give model.lora_cfg.dropout=0"
@@ -417,24 +399,8 @@ def _server_problems(config: TrainConfig, rollout: VLLMRolloutConfig) -> Iterato
     if rollout.sync not in (None, *(["adapter"] if has_adapter else ["folder", "nccl"])):
         needed = "adapter" if has_adapter else "folder or nccl"
         yield f"rollout.sync={rollout.sync} does not fit model.finetune_mode={model.finetune_mode}: give {needed}"
-    if rollout.sync == "nccl" and config.fabric.accelerator != "cuda":
-        given = f"rollout.sync=nccl with fabric.accelerator={config.fabric.accelerator}"
-        yield f"{given}: it sends weights from GPU to GPU: give rollout.sync=folder or fabric=auto_cuda"
-    if rollout.sync == "nccl" and rollout.sync_dir is not None:
-        yield unread(f"rollout.sync_dir={rollout.sync_dir}", "with rollout.sync=nccl")
-    lora = model.lora_cfg if has_adapter else None
-    own = {"use_dora": "use_dora=false", "modules_to_save": "modules_to_save=[]"}
-    for name, fix in own.items():
-        if lora is not None and getattr(lora, name):
-            yield f"model.lora_cfg.{name} is not supported by the adapters of vLLM: give model.lora_cfg.{fix}"
-    if has_adapter and model.resize_embeddings:
-        yield "model.resize_embeddings=true is not supported by the adapters of vLLM: give model.finetune_mode=ALL"
     if rollout.max_staleness and not isinstance(config.task, RatioTaskConfig):
         yield unread(f"rollout.max_staleness={rollout.max_staleness}", f"by task={config.task.config_name}")
-    if model.quantization is not None:
-        yield f"model.quantization={model.quantization} is not supported by rollout=vllm: remove it"
-    if config.generation.engine != GenConfig.engine:
-        yield unread(f"generation.engine={config.generation.engine}", "with rollout=vllm")
     if rollout.sync_dir is not None:
         yield from new_folder_problems("rollout.sync_dir", rollout.sync_dir)
 
@@ -448,8 +414,6 @@ def environment_problems(config: TrainConfig | EvalConfig | InspectConfig) -> It
         return
     source, given = rollout.environment, f"rollout.environment={rollout.environment}"
     if source is None:
-        names, rule = ("max_turns", "step_timeout", "num_processes", "max_result_length"), "without rollout.environment"
-        yield from unread_rules("rollout", rollout, LocalRolloutConfig, *((name, False, rule, "") for name in names))
         return
     if is_users_own(source):
         yield from _users_own_problems("rollout.environment=", source)
@@ -466,32 +430,6 @@ def environment_problems(config: TrainConfig | EvalConfig | InspectConfig) -> It
         yield f"{given}: task=best_of_n writes rows to fine-tune on, which cannot leave out results: remove one of them"
     elif not isinstance(config.task, OnlineTaskConfig):
         yield unread(given, f"by task={config.task.config_name}", "task=grpo, rloo, reinforce_pp, ppo or online_dpo")
-    if isinstance(config, TrainConfig) and config.generation.engine != "native":
-        yield f"{given} is not supported by generation.engine={config.generation.engine}: give generation.engine=native"
-
-
-def _grpo_problems(task: GRPOConfig, rollout: RolloutSourceConfig) -> Iterator[str]:
-    high = 1.0 + (task.clip_coeff if task.clip_high is None else task.clip_high)
-    if task.loss_type == "cispo" and task.max_ratio is not None:
-        yield unread(f"task.max_ratio={task.max_ratio:g}", "by task.loss_type=cispo", "task.clip_high")
-    elif task.max_ratio is not None and task.max_ratio <= high:
-        yield f"task.max_ratio={task.max_ratio:g} is not above the clipped ratio {high:g}: give for example 4"
-    if task.max_resamples and getattr(rollout, "max_staleness", 0):
-        yield (
-            f"task.max_resamples={task.max_resamples} samples with the newest weights, and rollout.max_staleness with "
-            "older ones: give task.max_resamples=0 or rollout.max_staleness=0"
-        )
-
-
-def _ppo_problems(task: PPOConfig, dtype: str) -> Iterator[str]:
-    if task.share_trunk and task.critic_warmup_steps:
-        given = f"task.critic_warmup_steps={task.critic_warmup_steps}"
-        yield f"{given} needs a critic of its own: remove it, or give task.share_trunk=false"
-    if task.ptx_batch_size != PPOConfig.ptx_batch_size and not task.ptx_coeff:
-        yield unread(f"task.ptx_batch_size={task.ptx_batch_size}", "with task.ptx_coeff=0", "task.ptx_coeff=1")
-    if task.ema_decay is not None and dtype != "float32":
-        advice = "give model.dtype=float32 fabric.precision=bf16-mixed"
-        yield f"task.ema_decay={task.ema_decay:g} is lost in the rounding of model.dtype={dtype}: {advice}"
 
 
 def _best_of_n_problems(config: TrainConfig) -> Iterator[str]:
@@ -519,14 +457,10 @@ def overlong_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
 
 def model_score_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
     """A reward model that was given and that the reward does not ask; rewards of steps that nothing can use."""
-    if getattr(config.reward, "step_score", "min") == "each":
-        if not isinstance(config.task, PPOConfig | ReinforcePPConfig):
-            where = f"by task={config.task.config_name}, which has one reward for a response"
-            yield unread("reward.step_score=each", where, "reward.step_score=min, product or last")
-        elif config.reward.normalize or config.reward.clip is not None:
-            yield "reward.step_score=each excludes reward.normalize and reward.clip, of whole responses: remove them"
-        elif getattr(config.reward, "combine", "sum") != "sum":
-            yield "reward.step_score=each has no single score to combine: give reward.combine=sum"
+    each = getattr(config.reward, "step_score", "min") == "each"
+    if each and not isinstance(config.task, PPOConfig | ReinforcePPConfig):
+        where = f"by task={config.task.config_name}, which has one reward for a response"
+        yield unread("reward.step_score=each", where, "reward.step_score=min, product or last")
     run = getattr(config.task, "rm_experiment_dir", None)
     if run is not None and not is_run_alias(run) and not scores_by_run(config):
         yield unread(f"task.rm_experiment_dir={run}", f"by reward={config.reward.config_name}", "reward=model")
@@ -540,7 +474,6 @@ def narrowing_options(generation: GenConfig) -> str:
 
 def eval_problems(config: EvalConfig) -> Iterator[str]:
     """Problems of an evaluation: missing packages, model or run, weights, or reward."""
-    yield from sharding_problems(config)
     name, writes = config.task.config_name, config.task.writes
     yield from unread_options(config, "generation.engine", *(() if writes else ("generation.stop_strings",)))
     if given := narrowing_options(config.generation) if writes == "samples" else "":

@@ -6,12 +6,20 @@ import netrc
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sheeprlhf.config.option_checks import did_you_mean, near_path, not_installed, option_problems, unread, unread_rules
+from sheeprlhf.config.option_checks import (
+    conflicts,
+    did_you_mean,
+    near_path,
+    not_installed,
+    option_problems,
+    unread,
+    unread_problems,
+)
 from sheeprlhf.config.path_checks import (
     adapter_problem,
     data_file_problems,
@@ -39,10 +47,9 @@ from sheeprlhf.structure.run import (
     InspectConfig,
     OptimizerConfig,
     RootConfig,
-    SGDConfig,
     TrainConfig,
 )
-from sheeprlhf.structure.task import DPOConfig, ILQLConfig, PRMConfig, SFTConfig, TrainTaskConfig
+from sheeprlhf.structure.task import PRMConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.home import cache_place
 from sheeprlhf.utils.memory import cuda_problem, missing_modules
@@ -57,7 +64,8 @@ def validate(config: RootConfig) -> list[str]:
 
 
 def _problems(config: RootConfig) -> Iterator[str]:
-    for option in options(config):
+    found = list(options(config))
+    for option in found:
         yield from option_problems(option)
     for group in ("task", "data", "fabric", "optim", "reward", "rollout"):
         own: Any = getattr(config, group, None)  # a saved run is read back by this name (a model has any)
@@ -67,12 +75,15 @@ def _problems(config: RootConfig) -> Iterator[str]:
     for group, problems in _OF_GROUP.items():
         if getattr(config, group, None) is not None:
             yield from problems(getattr(config, group))
+    yield from unread_problems(found, _READ_WITH)
+    yield from conflicts(found, _CONFLICTS)
     if isinstance(config, TrainConfig | EvalConfig):
         yield from _fabric_problems(config.fabric, here=not is_plan(config))
     if isinstance(config, DoctorConfig) and config.cluster != ClusterConfig() and not is_plan(config):
         yield unread("cluster.*", "in a plan for this machine", "cluster.memory=<GB of a device>")
     yield from _repo_problems(config)
     if isinstance(config, TrainConfig):
+        yield from conflicts(found, _TRAIN_CONFLICTS)
         yield from _train_problems(config)
     elif isinstance(config, EvalConfig):
         from sheeprlhf.config.reward_checks import eval_problems
@@ -154,9 +165,6 @@ def parse_devices(value: str | None) -> int | str | list[int]:
 
 
 def _generation_problems(generation: GenConfig) -> Iterator[str]:
-    if generation.num_beams > 1 and generation.do_sample:
-        advice = "give generation.num_beams=1 or generation.do_sample=false"
-        yield f"generation.num_beams={generation.num_beams} searches and generation.do_sample=true samples: {advice}"
     if "" in generation.stop_strings:
         yield "generation.stop_strings has an empty text, which ends every response at once: remove it"
 
@@ -232,22 +240,10 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
     lora = model.lora_cfg
     if lora is not None:
         yield from _lora_problems(lora)
-    if model.finetune_mode == "LORA":
-        if lora is None:
-            yield "model.finetune_mode=LORA needs model.lora_cfg: remove model.lora_cfg=null or give finetune_mode=ALL"
-        if model.freeze_transformer:
-            yield "model.freeze_transformer=true leaves no layer for adapters: give model.finetune_mode=ALL"
-        if model.frozen_layers:
-            instead = "model.lora_cfg.layers_to_transform=<numbers of the layers with adapters>"
-            yield unread(f"model.frozen_layers={model.frozen_layers}", "with model.finetune_mode=LORA", instead)
-        if model.random_init:
-            yield "model.random_init=true has nothing for adapters to adapt: give model.finetune_mode=ALL"
-    if model.quantization is not None:
-        if missing_modules(["bitsandbytes"]):
-            yield not_installed(f"model.quantization={model.quantization}", ["bitsandbytes"], "quantization")
-        if model.random_init:
-            yield f"model.quantization={model.quantization} needs weights of files: give model.random_init=false"
-    yield from _adapter_problems(model)
+    if model.quantization is not None and missing_modules(["bitsandbytes"]):
+        yield not_installed(f"model.quantization={model.quantization}", ["bitsandbytes"], "quantization")
+    if model.adapter is not None and (problem := adapter_problem(model.adapter)):
+        yield problem
     yield from _new_token_problems(model)
     library = model.library_cfg
     if library.trust_remote_code and not _COMMIT.fullmatch(library.revision or ""):
@@ -257,34 +253,12 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
         )
 
 
-def _adapter_problems(model: ModelConfig) -> Iterator[str]:
-    if model.adapter is None:
-        return
-    if problem := adapter_problem(model.adapter):
-        yield problem
-    if model.random_init:
-        yield f"model.random_init=true has nothing that model.adapter={model.adapter} fits: remove one of them"
-    if model.resize_embeddings and model.finetune_mode == "LORA":
-        advice = "remove one of them, or give model.finetune_mode=ALL"
-        yield f"model.resize_embeddings=true trains rows that model.adapter={model.adapter} does not have: {advice}"
-
-
 def _new_token_problems(model: ModelConfig) -> Iterator[str]:
     wrong = [text for text in model.extra_vocabulary if not text.strip() or text != text.strip() or len(text) > 100]
     if wrong:
         yield f"model.extra_vocabulary has {wrong[0][:40]!r}: give at most 100 characters, without spaces at the ends"
     if len(set(model.extra_vocabulary)) < len(model.extra_vocabulary):
         yield "model.extra_vocabulary has a text twice: give each once"
-    if model.extra_vocabulary and not model.resize_embeddings:
-        yield "model.extra_vocabulary needs rows in the model: give model.resize_embeddings=true"
-    if model.freeze_transformer and model.frozen_layers:
-        yield f"model.freeze_transformer=true freezes all layers: remove model.frozen_layers={model.frozen_layers}"
-    if model.resize_embeddings and model.frozen_layers:
-        advice = "give model.frozen_layers=0, or model.resize_embeddings=false"
-        yield f"model.frozen_layers={model.frozen_layers} leaves the rows of new tokens untrained: {advice}"
-    if model.resize_embeddings and model.freeze_transformer:
-        why = "leaves the rows of new tokens untrained: give one of the two"
-        yield f"model.resize_embeddings=true and model.freeze_transformer=true, which {why}"
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
@@ -303,8 +277,6 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
     tags = data.reasoning_tags
     if len(tags) != 2 or not all(tags) or tags[0] == tags[1]:
         yield f"data.reasoning_tags={tags} must be two different texts: give for example {list(REASONING_TAGS)}"
-    elif tuple(tags) != REASONING_TAGS and data.reasoning == "train":
-        yield unread(f"data.reasoning_tags={tags}", "with data.reasoning=train", "data.reasoning=mask or remove")
     yield from _dataset_problems(data)
     if isinstance(data, MixDataConfig):
         yield from mix_problems(data)
@@ -370,63 +342,20 @@ def _part_problems(data: MixDataConfig, given: dict[str, Any]) -> Iterator[str]:
 def _optim_problems(optim: OptimizerConfig) -> Iterator[str]:
     if isinstance(optim, AdamW8bitConfig) and missing_modules(["bitsandbytes"]):
         yield not_installed("optim=adamw_8bit", ["bitsandbytes"], "8bit")
-    if isinstance(optim, SGDConfig) and optim.nesterov and optim.momentum == 0:
-        yield "optim.nesterov=true needs momentum: give optim.momentum=0.9 or optim.nesterov=false"
-    rule = ("decay_ratio", optim.schedule == "wsd", f"by optim.schedule={optim.schedule}", "optim.schedule=wsd")
-    yield from unread_rules("optim", optim, OptimizerConfig, rule)
     betas = getattr(optim, "betas", (0.0, 0.0))
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optim.betas={list(betas)} must be two numbers in [0, 1): give for example optim.betas=[0.9,0.999]"
 
 
 def _task_problems(task: TrainTaskConfig | EvalTaskConfig) -> Iterator[str]:
-    """Options that were set and that nothing would read, or that exclude each other."""
-    if isinstance(task, TrainTaskConfig) and task.config_name != BestOfNConfig.config_name:
-        yield from _training_problems(task)
-    if isinstance(task, DPOConfig):
-        yield from _dpo_problems(task)
-
-
-def _dpo_problems(task: DPOConfig) -> Iterator[str]:
-    all_losses = next(field for field in fields(task) if field.name == "loss_type").metadata["choices"]
-    readers = {  # option: the losses that read it
-        "label_smoothing": ("sigmoid", "robust", "exo", "aot", "aot_unpaired"),
-        "simpo_gamma": ("simpo",),
-        "discopop_tau": ("discopop",),
-        "f_divergence": ("sigmoid", "sigmoid_norm", "robust", "exo", "hinge", "discopop"),  # losses of d = h_w - h_l
-        "ld_alpha": tuple(name for name in all_losses if name not in ("ipo", "sigmoid_norm", "simpo", "orpo")),
-        "use_weighting": tuple(name for name in all_losses if name not in ("aot", "aot_unpaired")),
-        "ref_sync_interval": tuple(name for name in all_losses if name not in ("simpo", "orpo")),
-    }
-    by, divergence = f"by task.loss_type={task.loss_type}", f"by task.f_divergence={task.f_divergence}"
-    without = "with task.ref_sync_interval=null"
-    yield from unread_rules(
-        "task",
-        task,
-        DPOConfig,
-        *((name, task.loss_type in of, by, f"task.loss_type={' or '.join(of)}") for name, of in readers.items()),
-        ("f_alpha", task.f_divergence == "alpha", divergence, "task.f_divergence=alpha"),
-        ("ref_mixup_alpha", task.ref_sync_interval is not None, without, "task.ref_sync_interval=512"),
-        ("ref_sync_interval", not task.reference_free, "with task.reference_free=true", ""),
-    )
-    if task.loss_type == "exo" and task.label_smoothing == 0:
-        yield "task.loss_type=exo needs labels that can be wrong: give for example task.label_smoothing=0.001"
-
-
-def _training_problems(task: TrainTaskConfig) -> Iterator[str]:
-    if task.lr_warmup_steps and task.lr_warmup_ratio:
-        both = f"task.lr_warmup_steps={task.lr_warmup_steps} and task.lr_warmup_ratio={task.lr_warmup_ratio:g}"
-        yield f"{both} both give the warm-up: remove one of them"
-    metric = task.early_stopping_metric
-    if metric is None:
-        rule = (False, "with task.early_stopping_metric=null", f"task.early_stopping_metric={task.val_metrics[0]}")
-        names = ("early_stopping_patience", "early_stopping_direction")
-        yield from unread_rules("task", task, TrainTaskConfig, *((name, *rule) for name in names))
-    elif metric not in task.val_metrics and not (metric.startswith("scores/") and isinstance(task, OnlineTaskConfig)):
-        key = "task.early_stopping_metric="
-        did = did_you_mean(metric.removeprefix("val/"), task.val_metrics, "it", key=key)
+    key = "task.early_stopping_metric"
+    metric = task.early_stopping_metric if isinstance(task, TrainTaskConfig) else None
+    if not isinstance(task, TrainTaskConfig) or metric is None or key.partition(".")[2] in task.unread:
+        return
+    if metric not in task.val_metrics and not (metric.startswith("scores/") and isinstance(task, OnlineTaskConfig)):
+        did = did_you_mean(metric.removeprefix("val/"), task.val_metrics, "it", key=f"{key}=")
         advice = f"{did} may be {', '.join(task.val_metrics)}"
-        yield f"task.early_stopping_metric={metric} is not measured by task={task.config_name}: {advice}"
+        yield f"{key}={metric} is not measured by task={task.config_name}: {advice}"
 
 
 def _train_problems(config: TrainConfig) -> Iterator[str]:
@@ -440,25 +369,14 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield from _streaming_problems(config)
     if config.data.reasoning == "mask" and config.task.trains == "reward model":
         yield unread("data.reasoning=mask", f"by task={name}, which scores whole responses", "data.reasoning=remove")
-    if config.data.reasoning == "mask" and not getattr(config.task, "completion_only_loss", True):
-        yield "data.reasoning=mask and task.completion_only_loss=false, which learns all tokens, contradict: give one"
-    if config.model.quantization is not None and config.model.finetune_mode != "LORA":
-        given = f"model.quantization={config.model.quantization}"
-        yield f"{given} keeps weights that cannot be trained: give model.finetune_mode=LORA"
     if config.model.neftune_alpha is not None and not isinstance(config.task, SFTConfig):
         yield unread(f"model.neftune_alpha={config.model.neftune_alpha:g}", f"by task={name}")
     optim, warmup = config.optim, config.task.lr_warmup_ratio
     if optim.schedule == "wsd" and warmup + optim.decay_ratio > 1:
         both = f"task.lr_warmup_ratio={warmup:g} and optim.decay_ratio={optim.decay_ratio:g}"
         yield f"{both} are more than the whole run: their sum must be at most 1"
-    if isinstance(config.task, ILQLConfig) and config.model.finetune_mode == "LORA":
-        yield "model.finetune_mode=LORA is not supported by task=ilql: give model.finetune_mode=ALL"
     yield from _step_problems(config)
-    yield from sharding_problems(config)
     yield from start_problems(config)
-    start = getattr(config.task, "sft_experiment_dir", None)
-    if start is not None and config.model.adapter is not None:
-        yield f"model.adapter={config.model.adapter} and task.sft_experiment_dir={start} are two starts: give one"
     if config.task.trains == "reward model":
         yield from unread_options(config, "generation.stop_strings")
     if isinstance(config.task, OnlineTaskConfig):
@@ -470,8 +388,6 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield from _rollout_problems(config)
     if config.task.config_name == "sft" and config.data.reward_model_split == 1:
         yield "data.reward_model_split=1 leaves no row to fine-tune on: give for example data.reward_model_split=0.5"
-    if config.resume and config.resume_from is not None:
-        yield "resume=true and resume_from name two runs: give one of them"
     if config.resume_from is not None and not Path(config.resume_from).is_dir():
         near = near_path(config.resume_from)
         did = f"did you mean resume_from={near}?" if near else "give that of an earlier run;"
@@ -510,8 +426,6 @@ def _streaming_problems(config: TrainConfig) -> Iterator[str]:
     if isinstance(task, BestOfNConfig):
         yield unread("data.streaming=true", "by task=best_of_n, which reads each prompt once")
         return
-    if task.max_num_steps is None:
-        yield "data.streaming=true needs task.max_num_steps, as the number of rows is unknown: give it"
     if task.epochs != type(task).epochs:
         yield unread(f"task.epochs={task.epochs}", "with data.streaming=true", "task.max_num_steps")
     if isinstance(task, OnlineTaskConfig) and getattr(config.reward, "template", "plain") == "chat":
@@ -552,33 +466,6 @@ def _has_wandb_login() -> bool:
         return netrc.netrc(environment.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def sharding_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
-    """Problems of options that exclude sharded weights, or that only these have."""
-    model, ddp = config.model, "give fabric.strategy=ddp"
-    quantization = None if model is None else model.quantization
-    quantized = f"model.quantization={quantization} is not supported"
-    if quantization is not None and config.fabric.precision == "64-true":
-        yield f"{quantized} with fabric.precision=64-true: give fabric.precision=32-true"
-    if config.fabric.strategy != "fsdp2":
-        rule = (False, f"by fabric.strategy={config.fabric.strategy}", "fabric.strategy=fsdp2")
-        names = ("replicas", "tensor_parallel", "offload")
-        yield from unread_rules("fabric", config.fabric, FabricConfig, *((name, *rule) for name in names))
-        return
-    if quantization is not None:
-        yield f"{quantized} by fabric.strategy=fsdp2, whose shards lose the scales of the weights: {ddp}"
-    if isinstance(config, TrainConfig) and isinstance(config.optim, AdamW8bitConfig):
-        yield f"optim=adamw_8bit is not supported by fabric.strategy=fsdp2: give optim=adamw, or {ddp}"
-    if model is not None and model.finetune_mode == "LORA":
-        if model.resize_embeddings:
-            rows = "rows of model.resize_embeddings=true next to adapters"
-            yield f"fabric.strategy=fsdp2 cannot train {rows}: {ddp}, or model.finetune_mode=ALL"
-        for name in ("use_dora", "modules_to_save"):
-            if value := getattr(model.lora_cfg, name, None):
-                yield f"model.lora_cfg.{name}={value} has not been tested with fabric.strategy=fsdp2: {ddp}"
-    if config.fabric.precision == "64-true":
-        yield "fabric.precision=64-true is not supported by fabric.strategy=fsdp2: give fabric.precision=32-true"
 
 
 def unread_options(config: TrainConfig | EvalConfig, *keys: str) -> Iterator[str]:
@@ -642,3 +529,75 @@ _OF_GROUP: dict[str, Callable[[Any], Iterator[str]]] = {
     "optim": _optim_problems,
     "reward": _reward_problems,
 }
+
+_READ_WITH = {  # options, separated by spaces, and the conditions without which nothing reads them
+    "model.frozen_layers": "model.freeze_transformer=false",
+    "model.extra_vocabulary": "model.resize_embeddings=true",
+    "data.reasoning_tags": "data.reasoning=mask|remove",
+    "fabric.replicas fabric.tensor_parallel fabric.offload": "fabric.strategy=fsdp2",
+    "optim.decay_ratio": "optim.schedule=wsd",
+    "optim.nesterov": "optim.momentum",
+    "reward.short_penalty": "reward.min_response_length",
+    "reward.uncertainty_coeff": "reward.combine=uncertainty",
+    "rollout.max_turns rollout.step_timeout rollout.num_processes rollout.max_result_length": "rollout.environment",
+    "rollout.sync_dir": "rollout.sync!=nccl",
+    "task.early_stopping_patience task.early_stopping_direction": "task.early_stopping_metric",
+    "task.label_smoothing": "task.loss_type=sigmoid|robust|exo|aot|aot_unpaired",
+    "task.simpo_gamma": "task.loss_type=simpo",
+    "task.discopop_tau": "task.loss_type=discopop",
+    "task.f_divergence": "task.loss_type=sigmoid|sigmoid_norm|robust|exo|hinge|discopop",  # losses of d = h_w - h_l
+    "task.f_alpha": "task.f_divergence=alpha",
+    "task.ld_alpha": "task.loss_type!=ipo|sigmoid_norm|simpo|orpo",
+    "task.use_weighting": "task.loss_type!=aot|aot_unpaired",
+    "task.ref_sync_interval": "task.loss_type!=simpo|orpo task.reference_free=false",
+    "task.ref_mixup_alpha": "task.ref_sync_interval",
+    "task.max_ratio": "task.loss_type!=cispo",
+    "task.critic_warmup_steps": "task.share_trunk=false",
+    "task.ptx_batch_size": "task.ptx_coeff",
+}
+_LORA, _FSDP, _DDP = "model.finetune_mode=LORA", "fabric.strategy=fsdp2", "give fabric.strategy=ddp"
+_VLLM, _NO_LORA = "rollout.config_name=vllm", "give model.finetune_mode=ALL"
+_MIXED = "fabric.precision=bf16-mixed"
+_CONFLICTS = (  # two conditions that exclude each other, the reason where it is not plain, and the fix
+    (_LORA, "model.lora_cfg=null", "", f"remove model.lora_cfg=null or {_NO_LORA}"),
+    (_LORA, "model.freeze_transformer", "no layer is left for adapters", _NO_LORA),
+    (_LORA, "model.frozen_layers", "", "give model.lora_cfg.layers_to_transform=<numbers of layers>"),
+    (_LORA, "model.random_init", "adapters need trained weights", _NO_LORA),
+    (f"{_LORA} model.resize_embeddings", "model.adapter", "it lacks the new rows", f"remove one, or {_NO_LORA}"),
+    ("model.random_init", "model.adapter", "it fits other weights", "remove one of them"),
+    ("model.random_init", "model.quantization", "it needs weights of files", "give model.random_init=false"),
+    ("model.resize_embeddings", "model.frozen_layers", "new rows would not train", "give one of the two"),
+    ("model.resize_embeddings", "model.freeze_transformer", "new rows would not train", "give one of the two"),
+    ("model.quantization", "fabric.precision=64-true", "", "give fabric.precision=32-true"),
+    (_FSDP, "model.quantization", "shards lose the scales of the weights", _DDP),
+    (_FSDP, "optim.config_name=adamw_8bit", "", f"give optim=adamw, or {_DDP[5:]}"),
+    (f"{_FSDP} {_LORA}", "model.resize_embeddings", "", f"{_DDP}, or {_NO_LORA[5:]}"),
+    (f"{_FSDP} {_LORA}", "model.lora_cfg.use_dora", "not tested", _DDP),
+    (f"{_FSDP} {_LORA}", "model.lora_cfg.modules_to_save", "not tested", _DDP),
+    (_FSDP, "fabric.precision=64-true", "", "give fabric.precision=32-true"),
+    ("generation.do_sample", "generation.num_beams!=1", "one samples, one searches", "give one of the two"),
+    ("reward.step_score=each", "reward.normalize", "it is of whole responses", "remove one of them"),
+    ("reward.step_score=each", "reward.clip!=null", "it is of whole responses", "remove one of them"),
+    ("reward.step_score=each", "reward.combine!=sum", "there is no single score", "give reward.combine=sum"),
+    ("reward.min_response_length", "reward.short_penalty=0", "it costs nothing", "give reward.short_penalty=1"),
+    (_VLLM, "model.quantization", "", "remove it"),
+    (_VLLM, "generation.engine!=native", "", "remove it"),
+    (f"{_VLLM} {_LORA}", "model.resize_embeddings", "", _NO_LORA),
+    (f"{_VLLM} {_LORA}", "model.lora_cfg.use_dora", "", "give model.lora_cfg.use_dora=false"),
+    (f"{_VLLM} {_LORA}", "model.lora_cfg.modules_to_save", "", "give model.lora_cfg.modules_to_save=[]"),
+    ("rollout.sync=nccl", "fabric.accelerator!=cuda", "", "give rollout.sync=folder or fabric=auto_cuda"),
+    ("rollout.max_staleness", "task.max_resamples", "it samples with the newest weights", "give one of the two"),
+    ("task.group_baseline", "task.num_generations=1", "it compares", "give for example task.num_generations=4"),
+    ("task.ema_decay", "model.dtype!=float32", "rounding loses it", f"give model.dtype=float32 {_MIXED}"),
+    ("task.loss_type=exo", "task.label_smoothing=0", "", "give for example task.label_smoothing=0.001"),
+    ("task.lr_warmup_steps", "task.lr_warmup_ratio", "both give the warm-up", "remove one of them"),
+)
+_TRAIN_CONFLICTS = (
+    ("task.config_name=ilql", _LORA, "", _NO_LORA),
+    ("model.quantization", "model.finetune_mode=ALL", "they cannot be trained", "give model.finetune_mode=LORA"),
+    ("model.adapter", "task.sft_experiment_dir", "these are two starts", "give one of them"),
+    ("data.reasoning=mask", "task.completion_only_loss=false", "that learns all tokens", "give one of the two"),
+    ("data.streaming", "task.max_num_steps=null", "the number of rows is unknown", "give task.max_num_steps"),
+    ("rollout.environment", "generation.engine!=native", "", "give generation.engine=native"),
+    ("resume", "resume_from", "these are two runs", "give one of them"),
+)
