@@ -217,7 +217,7 @@ BAD = [
         ["task.max_resamples=2", "rollout.max_staleness=0"],
     ),
     ("train task=dpo task.loss_type=ipo task.ld_alpha=0.5", ["task.ld_alpha=0.5", "sigmoid"]),
-    ("train task=dpo task.loss_type=aot task.use_weighting=true", ["task.use_weighting=True", "sigmoid"]),
+    ("train task=dpo task.loss_type=aot task.use_weighting=true", ["task.use_weighting=true", "sigmoid"]),
     ("train task=dpo task.loss_type=orpo task.ref_sync_interval=5", ["task.ref_sync_interval=5", "sigmoid"]),
     ("train task=dpo task.ref_mixup_alpha=0.5", ["task.ref_mixup_alpha=0.5", "task.ref_sync_interval"]),
     ("train task=sft model.frozen_layers=1 model.finetune_mode=LORA", ["model.frozen_layers=1", "layers_to_transform"]),

@@ -12,6 +12,11 @@ from tests.unit.config.test_registry import composed, to_typed
 REFUSED = {
     "task=ppo generation.stop_strings=['']": "generation.stop_strings has an empty text",
     "task=sft generation.engine=hf": "is not read by task=sft",
+    "task=grpo reward.short_penalty=2": "reward.short_penalty=2 is not read with reward.min_response_length=0",
+    "task=grpo reward.short_penalty=0": "reward.short_penalty=0",
+    "task=grpo reward.short_penalty=0 reward.min_response_length=2": "reward.short_penalty=1",
+    "task=grpo rollout.max_turns=3": "rollout.environment",
+    "task=grpo rollout=vllm rollout.urls=[http://a] rollout.sync=nccl rollout.sync_dir=/x": "folder or adapter",
     "task=ppo task.num_generations=3": "task.rollout_size=63",
     "task=grpo generation.top_k=5": "generation.top_k",
     "task=grpo reward.overlong_buffer=65": "generation.max_new_tokens=64",

@@ -174,9 +174,6 @@ def test_a_missing_package_is_named_with_its_extra(name, monkeypatch):
         (ListRewardConfig(terms=["imperative"], template="chat"), "reward.template=chat"),
         (ListRewardConfig(terms=["model", "2*model:/no/such/folder"]), "reward.terms: model:/no/such/folder"),
         (ListRewardConfig(terms=["model:me/mine", "0.5*model:me/mine"]), "model:me/mine is there more than once"),
-        (AutoRewardConfig(short_penalty=2.0), "short_penalty=2"),
-        (AutoRewardConfig(short_penalty=0.0), "short_penalty=0"),
-        (AutoRewardConfig(short_penalty=0.0, min_response_length=2), "reward.short_penalty=0"),
     ],
 )
 def test_options_that_cannot_work(cfg, said):
