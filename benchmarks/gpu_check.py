@@ -27,19 +27,19 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedTokenizerFast
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import sheeprlhf
+from sheeprlhf.agent.batches import packing_difference
+from sheeprlhf.agent.policy import load_policy
+from sheeprlhf.api.jobs import compose
+from sheeprlhf.model.folder.load import load_tokenizer
+from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.task.memory_plan import step_plan
+from sheeprlhf.utils.lightning import move_data_to_device
+from tests.support.losses import LOSSES, loss_case
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import sheeprlhf  # noqa: E402
-from sheeprlhf.agent.batches import packing_difference  # noqa: E402
-from sheeprlhf.agent.policy import load_policy  # noqa: E402
-from sheeprlhf.api.jobs import compose  # noqa: E402
-from sheeprlhf.model.folder.load import load_tokenizer  # noqa: E402
-from sheeprlhf.structure.model import ModelConfig  # noqa: E402
-from sheeprlhf.task.memory_plan import step_plan  # noqa: E402
-from sheeprlhf.utils.lightning import move_data_to_device  # noqa: E402
-from tests.support.losses import LOSSES, loss_case  # noqa: E402
-
 Metrics = dict[str, list[tuple[int, float]]]
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}  # dense bf16, teraflops
 SHAPES = {  # of the speed table: hidden size, inner size, layers, heads, heads of keys, vocabulary

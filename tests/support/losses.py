@@ -23,13 +23,15 @@ from sheeprlhf.structure.rollout import (
     ReinforcePPConfig,
     RLOOConfig,
 )
-from sheeprlhf.structure.task import DPOConfig, KTOConfig
+from sheeprlhf.structure.task import DPOConfig, ILQLConfig, KTOConfig
 from sheeprlhf.task.train.distill import distill_loss
 from sheeprlhf.task.train.dpo import dpo_loss
 from sheeprlhf.task.train.grpo import grpo_loss
+from sheeprlhf.task.train.ilql import ILQLModel, ilql_loss
 from sheeprlhf.task.train.kto import kto_loss
 from sheeprlhf.task.train.online_dpo import online_dpo_loss
 from sheeprlhf.task.train.ppo import policy_loss, ptx_loss, value_loss
+from sheeprlhf.task.train.prm import prm_loss
 from sheeprlhf.task.train.reinforce_pp import reinforce_pp_loss
 from sheeprlhf.task.train.rloo import rloo_loss
 from sheeprlhf.task.train.rm import rm_loss
@@ -49,6 +51,8 @@ LOSSES: Mapping[str, tuple[LossFn, str, str]] = {  # the loss; the targets that 
     "dpo, ipo": (partial(dpo_loss, task=DPOConfig(loss_type="ipo")), "response", "per response"),
     "dpo, weights": (partial(dpo_loss, task=DPOConfig(ld_alpha=0.5, use_weighting=True)), "response", "per response"),
     "rm, rankings": (partial(rm_loss, loss_type="plackett_luce", center=0.01), "last", ""),
+    "prm": (prm_loss, "steps", "label per step"),
+    "ilql": (partial(ilql_loss, task=ILQLConfig()), "response", "per response"),
     "kto": (partial(kto_loss, task=KTOConfig(), kl=0.1), "response", "per response"),
     "ppo": (partial(policy_loss, task=PPOConfig(), **ONLINE), "response", "per token"),
     "ppo, critic": (partial(value_loss, task=PPOConfig()), "scores", "per token"),
@@ -82,18 +86,24 @@ class LossCase(NamedTuple):
 def loss_case(name: str, folder: Path) -> LossCase:
     """A packed batch of two rows, and a tiny Llama or reward model, which the first case saves in the folder."""
     loss_fn, targets, needed = LOSSES[name]
-    scores = targets in ("last", "scores")
+    scores = targets in ("last", "scores", "steps")
     saved = folder / ("reward" if scores else "policy")
     if not saved.is_dir():
         make_model_folder(saved, "llama", scores=scores)
     cfg = ModelConfig(config_name="auto", repo_name=str(saved))
     load = load_reward_model if scores else load_policy
-    module = load(cfg, load_tokenizer(cfg), longest=64, batching="packed")[0]
-    batch = collate_packed(_examples(1 if needed == "per token" and name != "online_dpo" else 2), targets=targets)
+    module: Any = load(cfg, load_tokenizer(cfg), longest=64, batching="packed")[0]
     rng = torch.Generator().manual_seed(0)
+    if name == "ilql":
+        torch.manual_seed(0)  # of the new heads
+        module = ILQLModel(module)
+    single = needed in ("per token", "label per step") and name != "online_dpo"
+    batch = collate_packed(_examples(1 if single else 2), targets=targets)
     content: Any = batch
     if needed == "per response":
         content = (batch, -20.0 - torch.rand(len(batch.response_lengths), generator=rng))
+    elif needed == "label per step":
+        content = (batch, torch.arange(len(batch.target_ids_N)) % 2 == 0)
     elif needed:
         content = (batch, {key: -5.0 - torch.rand(len(batch.target_ids_N), generator=rng) for key in PER_TOKEN})
     return LossCase(loss_fn, module, content)
