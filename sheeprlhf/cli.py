@@ -180,8 +180,7 @@ def _dispatch(arguments: list[str]) -> int:
     except FileNotFoundError:
         raise ConfigError("the working directory has been removed: change to another one (cd <folder>)") from None
     if verb is None:
-        print_overview()
-        return 0
+        return print_overview()
     silence_libraries()
     if verb not in PARALLEL_VERBS and leave_to_rank_zero():
         return 0
@@ -192,16 +191,16 @@ def _dispatch(arguments: list[str]) -> int:
     if verb == "pipeline":
         from sheeprlhf.config.pipeline import collected
 
-        args = args._replace(overrides=collected(args.overrides))
-    directory = args.values.get("--config-dir")
+        args = args._replace(words=collected(args.words))
+    directory = args.values.get("config-dir")
     if directory is not None and not Path(directory).is_dir():
         raise ConfigError(f"--config-dir={directory} is not a directory: give the folder that holds your groups")
-    if (name := args.values.get("--config-name")) is not None:
+    if (name := args.values.get("config-name")) is not None:
         _check_config_name(name, directory)
-    if "--help" in args.flags:
+    if "help" in args.values:
         from sheeprlhf.apps.show import print_verb_help
 
-        print_verb_help(verb, args.overrides, directory)
+        print_verb_help(verb, args.words, directory)
         return 0
     return _compose_and_launch(verb, args)
 
@@ -239,15 +238,15 @@ def _compose_and_launch(verb: str, args: ParsedArgs) -> int:
     """Compose, check and run one job; leave sweeps and what only Hydra can do to Hydra, after the same checks."""
     from sheeprlhf.config.compose import Source, check, compose_job
 
-    source = Source(verb, args.values.get("--config-dir"), args.values.get("--config-name"))
-    shows = {"--cfg", "--info", "--shell-completion", "--hydra-help", "--version"} & set(args.flags)
-    sweep = "--multirun" in args.flags
-    options_of_hydra = [word for word in args.overrides if re.match(r"[+~]*hydra\b", word)]
+    source = Source(verb, args.values.get("config-dir"), args.values.get("config-name"))
+    shows = {"cfg", "info", "shell-completion", "hydra-help", "version"} & set(args.values)
+    sweep = "multirun" in args.values
+    options_of_hydra = [word for word in args.words if re.match(r"[+~]*hydra\b", word)]
     if not sweep and not shows and all(word.startswith("hydra.run.dir=") for word in options_of_hydra):
-        job = compose_job(source, args.overrides)
+        job = compose_job(source, args.words)
         return _run_job(verb, args, lambda: job, bool(getattr(job.config, "debug", False))).code
-    checks = not shows or "--cfg" in shows
-    if checks and (problems := check(source, args.overrides, multirun=sweep, complete=not shows)):
+    checks = not shows or "cfg" in shows
+    if checks and (problems := check(source, args.words, multirun=sweep, complete=not shows)):
         raise ConfigError(*problems)
     from sheeprlhf.apps.sweep import HydraJobs, run_sweep
 

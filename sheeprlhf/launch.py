@@ -75,8 +75,8 @@ class Finished(NamedTuple):
 def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> Finished:
     """Run a job to its end here and in processes by Fabric; a job of a sweep on several devices in a new process."""
     config = job.config
-    args = args._replace(overrides=resolve_run_aliases(job, args.overrides))
-    words = [verb, *args.flags, *args.overrides]
+    args = args._replace(words=resolve_run_aliases(job, args.words))
+    words = [verb, *args.flags(), *args.words]
     check_versions()
     if local_rank() > 0:  # before torch is imported, which takes seconds
         launcher = os.environ.get(OWN_LAUNCHER)

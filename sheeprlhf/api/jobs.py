@@ -81,7 +81,7 @@ def _run(verb: str, overrides: Overrides) -> Path:
     words = as_words(overrides)
     job = compose(verb, words)
     with _restored_environment():
-        code, output = launch(verb, ParsedArgs([], {}, words), job, in_sweep=True)
+        code, output = launch(verb, ParsedArgs(words, {}), job, in_sweep=True)
     if code - 128 in STOP_SIGNALS:  # in processes of its own
         raise Interrupted(code - 128, saved=False)
     if code or output is None:

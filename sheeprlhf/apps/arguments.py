@@ -2,13 +2,10 @@
 
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from sheeprlhf.utils.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rich.text import Text
 
 
 class Flag(NamedTuple):
@@ -57,7 +54,7 @@ FLAGS = (
 )
 PLOT = Flag("plot", "Draw the result as a PNG too: another way to write plot=true.", kind=bool)  # of eval only
 _REJECTED_FLAGS = {
-    "--config-path": "give --config-dir=<folder>, which adds yours to those of sheeprlhf",
+    **dict.fromkeys(("--config-path", "-cp"), "give --config-dir=<folder>, which adds yours to those of sheeprlhf"),
     "--experimental-rerun": "it would unpickle a file; repeat the command, or give resume_from=<run>",
 }
 CREDENTIAL = "credentials do not belong on the command line; remove it and set HF_TOKEN or run `hf auth login`"
@@ -65,60 +62,92 @@ _SHELLS = tuple(f"{verb}={shell}" for verb in ("install", "uninstall", "query") 
 
 
 class ParsedArgs(NamedTuple):
-    """A command line after the verb: Hydra's flags, their values by long name, and the overrides."""
+    """A command line after the verb: what is no flag, such as overrides, and the values of flags by name."""
 
-    flags: list[str]
-    values: dict[str, str]
-    overrides: list[str]
+    words: list[str]
+    values: dict[str, Any]
+
+    def flags(self) -> list[str]:
+        """The flags as words of a command line."""
+        return [word for name, value in self.values.items() for word in (f"--{name}", value) if word is not True]
 
     def config_dir(self) -> list[str]:
         """The flag for the user's folder of groups, for another command; empty if none was given."""
-        folder = self.values.get("--config-dir")
+        folder = self.values.get("config-dir")
         return [] if folder is None else [f"--config-dir={os.path.abspath(folder)}"]
 
 
-def parse_args(words: list[str]) -> ParsedArgs:
-    """Separate flags, wherever they are, from overrides. Raises ConfigError for wrong flags and values."""
-    by_name = {name: flag for flag in FLAGS for name in (f"--{flag.name}", flag.short) if name}
-    flags, values, overrides, problems = [], {}, [], []
-    waiting = list(words)
+def _split(
+    flags: Sequence[Flag], arguments: Sequence[str], unknown: Callable[[str, str], str], problems: list[str]
+) -> ParsedArgs:
+    """Separate the flags that were given from other words; `unknown` gives the problem of a flag and its value."""
+    by_name = {name: flag for flag in flags for name in (f"--{flag.name}", flag.short) if name}
+    words: list[str] = []
+    values: dict[str, Any] = {}
+    waiting = list(arguments)
     while waiting:
         word = waiting.pop(0)
-        if not word.startswith("-"):
-            overrides.append(word)
-            continue
         given, equals, value = word.partition("=")
         flag = by_name.get(given)
-        if given in _REJECTED_FLAGS or given == "-cp":
-            problems.append(f"{given} is not supported: {_REJECTED_FLAGS.get(given, _REJECTED_FLAGS['--config-path'])}")
+        if not word.startswith("-"):
+            words.append(word)
         elif flag is None:
             if not equals and waiting and not waiting[0].startswith("-") and "=" not in waiting[0]:
                 value = waiting.pop(0)  # `--epochs 3`
-            problems.append(flag_problem(given, value, by_name))
+            problems.append(f"{given}: {CREDENTIAL}" if _is_secret(given, value) else unknown(given, value))
         elif flag.kind is bool:
-            flags.append(f"--{flag.name}")
-        elif equals or waiting:
-            value = value if equals else waiting.pop(0)
-            values[f"--{flag.name}"] = value
-            flags += [f"--{flag.name}", value]
-            problems += value_problems(given, value, flag.values)
-        else:
+            problems += [f"{given} takes no value: write {given}"] if equals else []
+            values[flag.name] = True
+        elif not equals and (not waiting or waiting[0].startswith("--")):
             problems.append(f"{given} needs a value: {flag.help}")
-    if "--shell-completion" in flags:
-        asked = next((word for word in overrides if word.startswith(("install", "uninstall", "query"))), "")
-        problems += value_problems("--shell-completion", asked, _SHELLS)
-    problems += _space_problems(overrides)
+        else:
+            text = value if equals else waiting.pop(0)
+            found = list(_value_problems(flag, text))
+            problems += found
+            values |= {} if found else {flag.name: flag.kind(text)}
+    return ParsedArgs(words, values)
+
+
+def parse_args(words: list[str]) -> ParsedArgs:
+    """Separate Hydra's flags, wherever they are, from overrides. Raises ConfigError for wrong flags and values."""
+    problems: list[str] = []
+    args = _split(FLAGS, words, flag_problem, problems)
+    if "shell-completion" in args.values:
+        asked = next((word for word in args.words if word.startswith(("install", "uninstall", "query"))), "")
+        problems += choice_problems("--shell-completion", asked, _SHELLS)
+    problems += _space_problems(args.words)
     if problems:
         raise ConfigError(*problems)
-    return ParsedArgs(flags, values, [_with_quoted_items(word) for word in overrides])
+    if any("=[" in word for word in args.words):
+        from sheeprlhf.config.overrides import quote_list_items  # imports Hydra
+
+        args = args._replace(words=[quote_list_items(word) if "=[" in word else word for word in args.words])
+    return args
 
 
-def _with_quoted_items(word: str) -> str:
-    if "=[" not in word:
-        return word
-    from sheeprlhf.config.overrides import quote_list_items  # imports Hydra
+def read_flags(verb: str, flags: Sequence[Flag], arguments: Sequence[str]) -> ParsedArgs | None:
+    """Separate flags from other words; None if help is asked for. Raises ConfigError with all problems."""
+    if {"--help", "-h"} & set(arguments):
+        return None
+    from sheeprlhf.config.option_checks import did_you_mean
 
-    return quote_list_items(word)
+    names = [f"--{flag.name}" for flag in flags]
+
+    def unknown(given: str, value: str) -> str:
+        advice = did_you_mean(given.replace("_", "-"), names, f"`{verb} --help` lists them")
+        return f"`{verb}` has no flag {given}: {advice}"
+
+    problems: list[str] = []
+    args = _split(flags, arguments, unknown, problems)
+    for word in args.words:
+        key, equals, value = word.partition("=")
+        if _is_secret(key, word):
+            problems.append(f"{key if equals else 'a word'}: {CREDENTIAL}")
+        elif equals and (name := f"--{key.replace('_', '-')}") in names:
+            problems.append(f"{word}: flags have dashes here; write {name} {value}")
+    if problems:
+        raise ConfigError(*problems)
+    return args._replace(values={flag.name: flag.default for flag in flags} | args.values)
 
 
 def _space_problems(words: list[str]) -> Iterator[str]:
@@ -156,65 +185,53 @@ def verb_problem(word: str, rest: list[str], verbs: Collection[str]) -> str:
     return f"{shown} is not a command: {hint}The commands are {', '.join(verbs)}"
 
 
-def flag_problem(given: str, value: str, flags: Iterable[str]) -> str:
-    """The sentence for a flag that does not exist; options, which others write as flags, have no dashes here."""
+def flag_problem(given: str, value: str) -> str:
+    """The sentence for a flag that Hydra's commands have not; options, which others write as flags, have no dashes."""
     from sheeprlhf.config.option_checks import nearest
     from sheeprlhf.config.overrides import keys_like
     from sheeprlhf.config.registry import ROOTS, groups
 
+    if given in _REJECTED_FLAGS:
+        return f"{given} is not supported: {_REJECTED_FLAGS[given]}"
     name = given.lstrip("-").replace("-", "_")
-    if _is_secret(name, value):
-        return f"{given}: {CREDENTIAL}"
     is_group = any(name in groups(verb) for verb in ROOTS) or name == "experiment"
-    options = [name] if is_group else keys_like(name)
-    near = nearest(given, [flag for flag in flags if flag.startswith("--")]) if given.startswith("--") else None
-    if options:
+    if options := [name] if is_group else keys_like(name):
         written = " or ".join(f"{key}={value or '<value>'}" for key in options[:3])
         return f"there is no flag {given}: options have no dashes; write {written}"
+    near = nearest(given, [f"--{flag.name}" for flag in FLAGS]) if given.startswith("--") else None
     return f"there is no flag {given}" + (f": did you mean {near}?" if near else "; `train --help` lists all")
 
 
 def _is_secret(name: str, value: str) -> bool:
     from sheeprlhf.security.redaction import is_secret_name, is_secret_value
 
-    return is_secret_name(name) or is_secret_value(value)
+    return is_secret_name(name.lstrip("-").replace("-", "_")) or is_secret_value(value)
 
 
-def value_problems(given: str, value: str, values: tuple[str, ...]) -> list[str]:
-    """The sentence for a value that a flag cannot have; none where any value will do."""
-    from sheeprlhf.config.option_checks import nearest
+def choice_problems(given: str, value: str, values: Sequence[str]) -> Iterator[str]:
+    """Yield the sentence for a value that is not one of `values`."""
+    if value not in values:
+        from sheeprlhf.config.option_checks import did_you_mean
 
-    if not values or value in values:
-        return []
-    near = nearest(value, values)
-    did = f"did you mean {near}? It" if near else "it"
-    return [f"{given} {value}".rstrip() + f" is not possible: {did} may be {', '.join(values)}"]
+        advice = did_you_mean(value, values, f"it may be {', '.join(values)}")
+        yield f"{given} {value}".rstrip() + f" is not possible: {advice}"
 
 
-def usage(verb: str) -> "Text":
-    """The first line of a command's help."""
-    from sheeprlhf.apps.terminal import heading
-
-    return heading(f"sheeprlhf {verb}", "[group=choice] [option=value] [--flag]")
-
-
-def print_overview() -> None:
-    """Print all commands; called without a command, so it imports nothing that composes configurations."""
-    from sheeprlhf.apps.terminal import Screen, entry, heading, paragraph
-
-    screen = Screen()
-    screen.print(usage("<command>"), "\nFine-tune and align language models.\n", heading("Commands:"), sep="\n")
-    for verb, meaning in VERBS.items():
-        screen.print(entry(verb, meaning, width=9))
-    screen.print()
-    screen.print(paragraph("Start with `train task=sft`; `list` and `<command> --help` tell what there is."))
-
-
-class Given(NamedTuple):
-    """Parsed command line: words that are not flags, and the value of every flag by name."""
-
-    words: list[str]
-    values: dict[str, Any]
+def _value_problems(flag: Flag, text: str) -> Iterator[str]:
+    if _is_secret("", text):
+        yield f"--{flag.name}: {CREDENTIAL}"
+    elif flag.values:
+        yield from choice_problems(f"--{flag.name}", text, flag.values)
+    elif flag.kind in (int, float):
+        try:
+            number = flag.kind(text)
+        except ValueError:
+            yield f"--{flag.name} {text} is not a {'whole ' if flag.kind is int else ''}number: {flag.help}"
+            return
+        if not math.isfinite(number) or number < flag.minimum:
+            yield f"--{flag.name} {text} is too small or no number: give {flag.minimum:g} or more"
+        elif number > flag.maximum:
+            yield f"--{flag.name} {text} is too large: give {flag.maximum:.12g} or less"
 
 
 def number_problems(usage: str, words: Sequence[str], most: int = 1) -> list[str]:
@@ -226,76 +243,29 @@ def number_problems(usage: str, words: Sequence[str], most: int = 1) -> list[str
     return [f"`{usage.partition(' ')[0]}` takes {number}: `{usage}`; {what}"]
 
 
-def print_flags_help(usage: str, meaning: str, flags: Sequence[Flag], *more: str) -> None:
-    """The help of a command."""
+def print_help(usage: str, texts: Sequence[str], title: str, entries: Mapping[str, str], *after: str) -> int:
+    """Print the help of a command: its usage, paragraphs, a titled list, and further paragraphs; returns 0."""
     from sheeprlhf.apps.terminal import Screen, entry, heading, paragraph
 
     screen = Screen()
     verb, _, rest = usage.partition(" ")
-    screen.print(heading(f"sheeprlhf {verb}", rest))
-    screen.print()
-    for text in (meaning, *more):
-        screen.print(paragraph(text))
-    screen.print(heading("\nFlags:"))
-    for flag in flags:
-        default = "" if flag.default in (None, False) else f" [default {flag.default}]"
-        value = "" if flag.kind is bool else f" <{flag.value or '|'.join(flag.values) or flag.name}>"
-        screen.print(entry(f"--{flag.name}{value}", f"{flag.help}{default}", width=26))
+    screen.print(heading(f"sheeprlhf {verb}", rest), "", *map(paragraph, texts), heading(f"\n{title}:"), sep="\n")
+    for name, meaning in entries.items():
+        screen.print(entry(name, meaning, width=min(26, max(map(len, entries)))))
+    screen.print(*(part for text in after for part in ("", paragraph(text))), sep="\n", end="\n" * bool(after))
+    return 0
 
 
-def read_flags(verb: str, flags: Sequence[Flag], arguments: Sequence[str]) -> Given | None:
-    """Separate flags from other words; None if help is asked for. Raises ConfigError with all problems."""
-    if {"--help", "-h"} & set(arguments):
-        return None
-    from sheeprlhf.apps.terminal import clean
-    from sheeprlhf.config.option_checks import nearest
-
-    by_name = {f"--{flag.name}": flag for flag in flags}
-    words: list[str] = []
-    values = {flag.name: flag.default for flag in flags}
-    problems: list[str] = []
-    waiting = list(arguments)
-    while waiting:
-        word = waiting.pop(0)
-        given, equals, value = word.partition("=")
-        flag = by_name.get(given if given.startswith("--") else f"--{given.replace('_', '-')}" if equals else "")
-        if _is_secret(given.lstrip("-").replace("-", "_"), word):
-            problems.append(f"{clean(given)}: {CREDENTIAL}")
-        elif flag is None and not word.startswith("-"):
-            words.append(word)
-        elif flag is None:
-            near = nearest(given.replace("_", "-"), by_name)
-            did = f"did you mean {near}?" if near else f"`{verb} --help` lists them"
-            problems.append(f"`{verb}` has no flag {clean(given)}: {did}")
-        elif not given.startswith("--"):
-            problems.append(f"{clean(word)}: flags have dashes here; write --{flag.name} {clean(value)}")
-        elif flag.kind is bool:
-            problems += [f"{given} takes no value: write {given}"] if equals else []
-            values[flag.name] = True
-        elif not equals and (not waiting or waiting[0].startswith("--")):
-            problems.append(f"{given} needs a value: {flag.help}")
-        else:
-            text = value if equals else waiting.pop(0)
-            found = list(_value_problems(flag, text, clean(text)))
-            problems += found
-            values[flag.name] = flag.default if found else flag.kind(text)
-    if problems:
-        raise ConfigError(*problems)
-    return Given(words, values)
+def flag_entries(flags: Sequence[Flag]) -> dict[str, str]:
+    """Flags as they are written, and their meaning."""
+    names = [", ".join(filter(None, (f"--{flag.name}", flag.short))) for flag in flags]
+    values = ["" if flag.kind is bool else f" <{flag.value or '|'.join(flag.values) or flag.name}>" for flag in flags]
+    defaults = ["" if flag.default in (None, False) else f" [default {flag.default}]" for flag in flags]
+    return {n + v: flag.help + d for n, v, d, flag in zip(names, values, defaults, flags, strict=True)}
 
 
-def _value_problems(flag: Flag, text: str, shown: str) -> Iterator[str]:
-    if _is_secret("", text):
-        yield f"--{flag.name}: {CREDENTIAL}"
-    elif flag.values and text not in flag.values:
-        yield from value_problems(f"--{flag.name}", shown, flag.values)
-    elif flag.kind in (int, float):
-        try:
-            number = flag.kind(text)
-        except ValueError:
-            yield f"--{flag.name} {shown} is not a {'whole ' if flag.kind is int else ''}number: {flag.help}"
-            return
-        if not math.isfinite(number) or number < flag.minimum:
-            yield f"--{flag.name} {shown} is too small or no number: give {flag.minimum:g} or more"
-        elif number > flag.maximum:
-            yield f"--{flag.name} {shown} is too large: give {flag.maximum:.12g} or less"
+def print_overview() -> int:
+    """Print all commands; called without a command, so it imports nothing that composes configurations."""
+    start = "Start with `train task=sft`; `list` and `<command> --help` tell what there is."
+    usage = "<command> [group=choice] [option=value] [--flag]"
+    return print_help(usage, ["Fine-tune and align language models."], "Commands", VERBS, start)

@@ -392,10 +392,10 @@ def run(config: DoctorConfig, args: ParsedArgs) -> int:
 
 def _command(verb: str, config: DoctorConfig, args: ParsedArgs) -> str:
     """A command with the same configuration, without the options of only `doctor` for another one."""
-    named = any(word.startswith(("task=", "experiment=")) for word in args.overrides)
+    named = any(word.startswith(("task=", "experiment=")) for word in args.words)
     task = [] if named else [f"task={config.task.config_name}"]
     own = () if verb == "doctor" else ("cluster.", "dry_step=")
-    overrides = [word for word in args.overrides if not word.lstrip("+").startswith(own)]
+    overrides = [word for word in args.words if not word.lstrip("+").startswith(own)]
     return plain_text(command([verb, *task, *redact_command(overrides), *args.config_dir()]))
 
 

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sheeprlhf.apps.arguments import Flag, number_problems, print_flags_help, read_flags
+from sheeprlhf.apps.arguments import Flag, flag_entries, number_problems, print_help, read_flags
 from sheeprlhf.apps.serve.chat import TEMPLATE, WEIGHTS, weights_of
 from sheeprlhf.apps.terminal import Screen, clean
 from sheeprlhf.config.model_lookup import POLICY, find_trained
@@ -63,8 +63,12 @@ def run(arguments: list[str]) -> int:
     """Write the folder, and upload it if asked. Raises SheepError if the model is unknown or fails a check."""
     given = read_flags("export", FLAGS, arguments)
     if given is None:
-        _print_help()
-        return 0
+        meaning = (
+            "A folder for plain transformers, and whatever reads its format: weights with adapters merged, tokenizer, "
+            "generation settings and a model card. What it computes is compared with the run before it appears."
+        )
+        usage = "export <run or model> --to <folder> [--flag value ...]"
+        return print_help(usage, [meaning], "Flags", flag_entries(FLAGS))
     problems = number_problems("export <run> --to <folder>", given.words)
     target, name = given.values["to"], given.values["push"] or given.values["push-to-hub"]
     private = given.values["private"] or given.values["push-to-hub"] is not None
@@ -127,15 +131,6 @@ def run(arguments: list[str]) -> int:
     if trained.trains == POLICY:
         screen.print(f"next: {command(['chat', str(folder)])}")
     return 0
-
-
-def _print_help() -> None:
-    print_flags_help(
-        "export <run or model> --to <folder> [--flag value ...]",
-        "A folder for plain transformers, and whatever reads its format: weights with adapters merged, tokenizer, "
-        "generation settings and a model card. What it computes is compared with the run before it appears.",
-        FLAGS,
-    )
 
 
 def _check_hub(name: str, private: bool) -> None:

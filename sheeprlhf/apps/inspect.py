@@ -537,7 +537,7 @@ def _next_command(config: InspectConfig, args: ParsedArgs) -> str:
     """Training on the same data: the choices, and the user's own words except those for this command."""
     choices = {group: getattr(config, group).config_name for group in ("task", "data", "model")}
     own = {field.name for field in dataclasses.fields(config)} - set(choices)
-    given = [word for word in args.overrides if re.split(r"[=@]", word.lstrip("+~"))[0] not in own]
+    given = [word for word in args.words if re.split(r"[=@]", word.lstrip("+~"))[0] not in own]
     named = {re.split(r"[=@]", word)[0] for word in given}
     words = [f"{group}={choice}" for group, choice in choices.items() if group not in named]
     return command(["train", *words, *redact_command(given), *args.config_dir()])

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from rich.text import Text
 
-from sheeprlhf.apps.arguments import read_flags
+from sheeprlhf.apps.arguments import print_help, read_flags
 from sheeprlhf.apps.runs import PastRun, find_past_runs, past_run
-from sheeprlhf.apps.terminal import Screen, clean, entry, heading, is_for_people, paragraph, table
+from sheeprlhf.apps.terminal import Screen, clean, heading, is_for_people, paragraph, table
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.home import expand_home
@@ -33,8 +33,9 @@ def run(arguments: list[str]) -> int:
     """Print the sections that the words name; all, if there are none. Raises ConfigError for another word."""
     given = read_flags("list", (), arguments)
     if given is None:
-        _print_help()
-        return 0
+        where = f"Runs are found in {TrainConfig.root_dir}: `list runs` for all, `list runs <folder>`."
+        meaning = "What there is. Without a section: all of them, and the newest runs."
+        return print_help("list [section ...] [folder of runs]", [meaning], "Sections", SECTIONS, where)
     sections, root = _parse_words(given.words)
     screen = Screen()
     for number, section in enumerate(sections or SECTIONS):
@@ -48,17 +49,6 @@ def run(arguments: list[str]) -> int:
         screen.print()
         screen.print(paragraph("`show <name>` tells all options of one, `list <section>` prints one section."))
     return 0
-
-
-def _print_help() -> None:
-    screen = Screen()
-    screen.print(heading("sheeprlhf list", "[section ...] [folder of runs]"))
-    screen.print("\nWhat there is. Without a section: all of them, and the newest runs.\n")
-    screen.print(heading("Sections:"))
-    for name, meaning in SECTIONS.items():
-        screen.print(entry(name, meaning, width=12))
-    screen.print()
-    screen.print(paragraph(f"Runs are found in {TrainConfig.root_dir}: `list runs` for all, `list runs <folder>`."))
 
 
 def _parse_words(words: list[str]) -> tuple[list[str], Path]:

@@ -285,7 +285,7 @@ PAGE = "report.html"
 def run(config: PipelineConfig, args: ParsedArgs) -> int:
     """Check every stage, run those that are not finished, print their results; return the exit code."""
     flags = args.config_dir()
-    words = [*(word for word in args.overrides if not word.startswith("words=")), *config.words]
+    words = [*(word for word in args.words if not word.startswith("words=")), *config.words]
     stages = stages_of(config)
     check_stages(stages, flags)
     place = choose_folder(config, stages, ["pipeline", *flags, *words])
@@ -321,8 +321,8 @@ def check_stages(stages: list[Stage], flags: list[str]) -> None:
         folders = {stage.name: str(Path(place, stage.name)) for stage in stages}
         for stage in stages:
             args = parse_args([*flags, *stage.placed(folders)[1:]])
-            source = Source(stage.verb, args.values.get("--config-dir"))
-            jobs, problems = compose_jobs(source, args.overrides, multirun="--multirun" in args.flags)
+            source = Source(stage.verb, args.values.get("config-dir"))
+            jobs, problems = compose_jobs(source, args.words, multirun="multirun" in args.values)
             failed = [folder for folder in folders.values() if not Path(folder).exists()]
             for problem in problems:
                 if not any(folder in problem for folder in failed if folder != folders[stage.name]):

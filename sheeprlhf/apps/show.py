@@ -8,7 +8,7 @@ import yaml
 from omegaconf import OmegaConf
 from rich.text import Text
 
-from sheeprlhf.apps.arguments import FLAGS, PLAIN_VERBS, PLOT, VERBS, read_flags, usage
+from sheeprlhf.apps.arguments import FLAGS, PLAIN_VERBS, PLOT, VERBS, flag_entries, print_help, read_flags
 from sheeprlhf.apps.terminal import Screen, clean, columns, entry, heading, paragraph
 from sheeprlhf.config.compose import Source, compose_for_help, configs_directory
 from sheeprlhf.config.option_checks import nearest
@@ -136,8 +136,15 @@ def run(arguments: list[str]) -> int:
     """Print what each word names. Raises ConfigError if a word names nothing."""
     given = read_flags("show", (), arguments)
     if given is None or not given.words:
-        _print_help()
-        return 0
+        kinds = {f"{group}=<name>": ", ".join(choices_of(group)) for group in _all_groups()}
+        kinds |= {
+            "<command>": ", ".join(VERBS),
+            "<option>": "its full or last name: optim.lr, lr, mini_batch_size",
+            "<part>": "options under one name: generation, model.lora_cfg",
+        }
+        meaning = "Options with their default, unit, allowed values and meaning."
+        short = "Names alone will do: `show sft opt` is `show task=sft model=opt`."
+        return print_help("show <what> ...", [meaning], "What can be shown", kinds, short)
     found, problems = [], []
     for word in given.words:
         shows = _find_shows(word)
@@ -155,20 +162,6 @@ def run(arguments: list[str]) -> int:
 
 def _all_groups() -> list[str]:
     return [*dict.fromkeys(group for verb in ROOTS for group in groups(verb)), "experiment"]
-
-
-def _print_help() -> None:
-    screen = Screen()
-    screen.print(heading("sheeprlhf show", "<what> ..."))
-    screen.print()
-    screen.print(paragraph("Options with their default, unit, allowed values and meaning. What can be shown:"))
-    for group in _all_groups():
-        screen.print(entry(f"{group}=<name>", ", ".join(choices_of(group)), width=18))
-    screen.print(entry("<command>", ", ".join(VERBS), width=18))
-    screen.print(entry("<option>", "its full or last name: optim.lr, lr, mini_batch_size", width=18))
-    screen.print(entry("<part>", "options under one name: generation, model.lora_cfg", width=18))
-    screen.print()
-    screen.print(paragraph("Names alone will do: `show sft opt` is `show task=sft model=opt`."))
 
 
 def _find_shows(word: str) -> list[Show]:
@@ -362,7 +355,8 @@ def print_verb_help(verb: str, overrides: list[str], config_dir: str | None) -> 
     """Print the groups, every option of the composed configuration, and the flags. Raises ConfigError."""
     config, available = compose_for_help(Source(verb, config_dir), overrides)
     screen = Screen()
-    screen.print(usage(verb), Text(), paragraph(VERBS[verb]), sep="\n")
+    usage = heading(f"sheeprlhf {verb}", "[group=choice] [option=value] [--flag]")
+    screen.print(usage, Text(), paragraph(VERBS[verb]), sep="\n")
     for group, names in available.items():
         needed = group != "experiment" and OmegaConf.is_missing(config, group)
         chosen = None if needed or group == "experiment" else OmegaConf.select(config, f"{group}.config_name")
@@ -374,10 +368,8 @@ def print_verb_help(verb: str, overrides: list[str], config_dir: str | None) -> 
     screen.print(heading("\nOptions, with the defaults of the choices above:"))
     _print_options(screen, verb, config)
     screen.print(heading("\nFlags:"))
-    for flag in (*FLAGS, PLOT) if verb == "eval" else FLAGS:
-        value = flag.value or "|".join(flag.values)
-        spelled = ", ".join(filter(None, (f"--{flag.name}", flag.short))) + (f" <{value}>" if value else "")
-        screen.print(entry(spelled, flag.help, width=28))
+    for name, meaning in flag_entries((*FLAGS, PLOT) if verb == "eval" else FLAGS).items():
+        screen.print(entry(name, meaning, width=28))
 
 
 def _print_options(screen: Screen, verb: str, config: Any) -> None:

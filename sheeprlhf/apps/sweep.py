@@ -199,12 +199,12 @@ class HydraJobs(NamedTuple):
     def run(self, sweep_dir: str = "") -> int:
         """Call `hydra.main`, which writes into the empty `sweep_dir`; returns the exit code of the first failed job."""
         source, args, codes = self.source, self.args, list[int]()
-        arguments, sys.argv = sys.argv, [sys.argv[0], *args.flags, *map(current_word, args.overrides)]
+        arguments, sys.argv = sys.argv, [sys.argv[0], *args.flags(), *map(current_word, args.words)]
         try:
             sys.argv += [f"hydra.sweep.dir={sweep_dir}"] if sweep_dir else []
             register_configs()
             check_sources()
-            sys.argv += saved_overrides(source.verb, readable(args.overrides)[0])
+            sys.argv += saved_overrides(source.verb, readable(args.words)[0])
             job = functools.partial(_run_composed, self, bool(sweep_dir), os.getpid(), codes)
             hydra_main(config_path=str(configs_directory()), config_name=source.verb, version_base="1.3")(job)()
         finally:
@@ -215,10 +215,10 @@ class HydraJobs(NamedTuple):
 def _run_composed(jobs: HydraJobs, own_sweep_dir: bool, process: int, codes: list[int], composed: Any) -> Any:
     """Run a job for Hydra: in this process, or in another one, where `codes` is a copy; a signal ends the sweep."""
     verb, args, hydra = jobs.source.verb, jobs.args, HydraConfig.get()
-    sweep, given = "--multirun" in args.flags, hydra.run.dir
+    sweep, given = "multirun" in args.values, hydra.run.dir
     if sweep:
         overrides = [word for word in hydra.overrides.task if not word.endswith(f"={SAVED_CHOICE}")]
-        args = args._replace(flags=[flag for flag in args.flags if flag != "--multirun"], overrides=overrides)
+        args = ParsedArgs(overrides, {name: value for name, value in args.values.items() if name != "multirun"})
         given = "." if own_sweep_dir else hydra.runtime.output_dir
         print(f"job {hydra.job.num}: {' '.join(overrides)}")
     if verb in ("train", "pipeline"):
@@ -239,7 +239,7 @@ def _run_composed(jobs: HydraJobs, own_sweep_dir: bool, process: int, codes: lis
 
 def run_sweep(jobs: HydraJobs) -> int:
     """Let Hydra run every job of a sweep; returns the exit code of the first that failed."""
-    overrides = jobs.args.overrides
+    overrides = jobs.args.words
     check_alone("a sweep (-m)")
     check_sweep_dir(overrides)
     own_dir = "hydra.sweep.dir=" not in str(jobs.args)

@@ -51,9 +51,9 @@ def problems_of(verb: str, words: tuple[str, ...]) -> list[str]:
     split = parse_args(list(words))
     plugins = ("hydra/launcher=", "hydra/sweeper=", "hydra.launcher.", "hydra.sweeper.")
     left_out = ("experiment_dir=", "resume_from=", *plugins)
-    overrides = [word for word in split.overrides if not word.startswith(left_out)]
+    overrides = [word for word in split.words if not word.startswith(left_out)]
     source = Source(verb)
-    return check(source, overrides, multirun="--multirun" in split.flags, complete=False)
+    return check(source, overrides, multirun="multirun" in split.values, complete=False)
 
 
 def anchors(page: Path) -> set[str]:

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheeprlhf.apps.arguments import Flag, print_flags_help, read_flags
+from sheeprlhf.apps.arguments import Flag, flag_entries, print_help, read_flags
 from sheeprlhf.apps.pipeline import Row, read_pipeline
 from sheeprlhf.apps.runs import MARK, FoundRuns, find_past_runs, past_run, read_record, run_order
 from sheeprlhf.apps.terminal import Screen, clean, paragraph
@@ -54,8 +54,7 @@ def run(arguments: list[str]) -> int:
             "<run> is a run directory, or a folder: all runs in it; a pipeline's folder adds its summary. Without one: "
             f"the newest run in {root}."
         )
-        print_flags_help("report [<run> ...]", meaning, FLAGS, which)
-        return 0
+        return print_help("report [<run> ...]", [meaning, which], "Flags", flag_entries(FLAGS))
     written = write_report(given.words, to=given.values["to"], png=given.values["png"])
     screen = Screen()
     for note in written.notes:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from sheeprlhf.apps.arguments import Flag, number_problems, print_flags_help, read_flags
+from sheeprlhf.apps.arguments import Flag, flag_entries, number_problems, print_help, read_flags
 from sheeprlhf.apps.terminal import Screen, clean, paragraph
 from sheeprlhf.config.model_lookup import find_trained
 from sheeprlhf.config.run_lookup import is_newest
@@ -67,8 +67,14 @@ def run(arguments: list[str]) -> int:
     """Answer what is typed, or what is piped in. Raises SheepError for a wrong model or flag."""
     given = read_flags("chat", FLAGS, arguments)
     if given is None:
-        _print_help()
-        return 0
+        meaning = (
+            "Talk to a run, a model's folder or a model of `list models`. A model that has a chat template, or was "
+            "trained on dialogues, remembers the conversation; any other one continues with each prompt as it was "
+            "trained to."
+        )
+        piped = "From a pipe, all of the input is one prompt, and only the answer is printed: `echo ... | chat <run>`."
+        texts = [meaning, _COMMANDS, piped]
+        return print_help("chat <run or model> [--flag value ...]", texts, "Flags", flag_entries(FLAGS))
     if problems := number_problems("chat <run>", given.words):
         raise ConfigError(*problems)
     trained = find_trained(
@@ -114,17 +120,6 @@ def _read_piped() -> str:
     if not text.strip():
         raise ConfigError(f"the prompt is empty: standard input is closed or holds no text: {advice}")
     return text
-
-
-def _print_help() -> None:
-    print_flags_help(
-        "chat <run or model> [--flag value ...]",
-        "Talk to a run, a model's folder or a model of `list models`. A model that has a chat template, or was trained "
-        "on dialogues, remembers the conversation; any other one continues with each prompt as it was trained to.",
-        FLAGS,
-        _COMMANDS,
-        "From a pipe, all of the input is one prompt, and only the answer is printed: `echo ... | chat <run>`.",
-    )
 
 
 def _note(text: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from itertools import pairwise
 from typing import Any
 
-from sheeprlhf.apps.arguments import Flag, number_problems, print_flags_help, read_flags
+from sheeprlhf.apps.arguments import Flag, flag_entries, number_problems, print_help, read_flags
 from sheeprlhf.apps.serve.chat import TEMPLATE, TEMPLATE_ARGS, WEIGHTS, weights_of
 from sheeprlhf.apps.terminal import Screen, clean
 from sheeprlhf.config.model_lookup import REWARD_MODEL, Trained, find_trained
@@ -158,8 +158,12 @@ def run(arguments: list[str]) -> int:
     """Load the models and serve the page until Ctrl-C. Raises ConfigError with all problems."""
     given = read_flags("demo", FLAGS, _without_secret(arguments))
     if given is None:
-        _print_help()
-        return 0
+        meaning = (
+            "A page with two tabs, summarise and question answering: one prompt, the answers of all models side by "
+            "side. It is served to this machine only, connects to no other machine, and ends with Ctrl-C."
+        )
+        usage = "demo <run or model> [<run or model> ...] [--flag value ...]"
+        return print_help(usage, [meaning], "Flags", flag_entries(FLAGS))
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError('`demo` needs a package that is not installed (gradio): pip install "sheeprlhf[demo]"')
     check_versions("gradio")
@@ -179,15 +183,6 @@ def run(arguments: list[str]) -> int:
     auth = _credentials() if values["auth"] else None
     _serve(found, reward[0] if reward else None, values["host"], values["port"], auth)
     return 0
-
-
-def _print_help() -> None:
-    print_flags_help(
-        "demo <run or model> [<run or model> ...] [--flag value ...]",
-        "A page with two tabs, summarise and question answering: one prompt, the answers of all models side by side. "
-        "It is served to this machine only, connects to no other machine, and ends with Ctrl-C.",
-        FLAGS,
-    )
 
 
 def _find(

@@ -169,18 +169,18 @@ LISTS = {  # as typed behind a shell's quotes, and what is meant
 
 @pytest.mark.parametrize("typed", LISTS)
 def test_stop_strings_are_read_as_they_are_typed(typed: str) -> None:
-    words = parse_args(["task=grpo", f"generation.stop_strings={typed}"]).overrides
+    words = parse_args(["task=grpo", f"generation.stop_strings={typed}"]).words
     assert read(words[1]) == LISTS[typed]
-    assert parse_args(words).overrides == words
+    assert parse_args(words).words == words
     for printed in changed_words("generation", GenConfig(stop_strings=LISTS[typed])):
         [pasted] = shlex.split(shlex.quote(printed))
-        assert read(*parse_args([pasted]).overrides) == LISTS[typed]
+        assert read(*parse_args([pasted]).words) == LISTS[typed]
 
 
 def test_other_words_stay_as_they_are() -> None:
     words = ["seed=1", "optim.betas=[0.9,0.95]", "a=[1,2],[3]", "a=[b", "x=[[1],[2]]", "fabric.devices=[0,1]", "k=<a>"]
-    assert parse_args(words).overrides == words
-    assert read(*parse_args(["optim.betas=[0.9,<a>]"]).overrides) == [0.9, "<a>"]
+    assert parse_args(words).words == words
+    assert read(*parse_args(["optim.betas=[0.9,<a>]"]).words) == [0.9, "<a>"]
 
 
 def advice_in(message: str) -> str:
@@ -199,10 +199,10 @@ def test_the_advice_about_stop_strings_works(typed: str) -> None:
     """What the message tells to write, read by a shell and then by the command line, has no problem."""
     source = Source("train")
     rest = ["task=grpo", "data=docstrings", "model=tiny"]
-    [problem] = check(source, parse_args([*rest, f"generation.stop_strings={typed}"]).overrides)
+    [problem] = check(source, parse_args([*rest, f"generation.stop_strings={typed}"]).words)
     word = advice_in(problem)
     assert read(word) == WRONG[typed]
-    assert check(source, parse_args([*rest, word]).overrides) == []
+    assert check(source, parse_args([*rest, word]).words) == []
 
 
 @pytest.mark.parametrize("string", ["<end_of_turn>\n", "say <end_of_turn>"])
@@ -213,6 +213,6 @@ def test_a_stop_string_beside_a_special_token(string: str) -> None:
         StopStrings(["it's", string], tokenizer)
     message = str(error.value)
     place = message.rindex("only, ") + len("only, ")
-    [word] = parse_args(shlex.split(message[place:])).overrides
+    [word] = parse_args(shlex.split(message[place:])).words
     assert read(word) == ["it's", "<end_of_turn>"]
     StopStrings(read(word), tokenizer)
