@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from sheeprlhf.config.compose import Job
     from sheeprlhf.launch import Finished
 
-_MODULES = {"chat": "serve.chat", "demo": "serve.demo", "report": "report.command"}
 HYDRA_VERBS = tuple(verb for verb in VERBS if verb not in PLAIN_VERBS)
 _LASTING = (["train"], ["pipeline"])  # commands that continue after their output is closed
 PARALLEL_VERBS = ("train", "eval", "pipeline")
@@ -186,7 +185,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if verb not in HYDRA_VERBS:
         plain = [word for word in rest if word.casefold() != "debug=true"]
-        return importlib.import_module(f"sheeprlhf.apps.{_MODULES.get(verb, verb)}").run(plain)
+        return importlib.import_module(f"sheeprlhf.apps.{verb}").run(plain)
     args = parse_args(["plot=true" if verb == "eval" and word == f"--{PLOT.name}" else word for word in rest])
     if verb == "pipeline":
         from sheeprlhf.config.pipeline import collected

@@ -1,18 +1,29 @@
 """`export`: a run's model as a folder that plain transformers loads, with its model card."""
 
+import html
+import importlib.metadata
+import json
 import os
+import platform
 import shlex
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from jinja2 import Environment, StrictUndefined
+
+import sheeprlhf
 from sheeprlhf.apps.arguments import Flag, flag_entries, number_problems, print_help, read_flags
-from sheeprlhf.apps.serve.chat import TEMPLATE, WEIGHTS, weights_of
-from sheeprlhf.apps.terminal import Screen, clean
-from sheeprlhf.config.model_lookup import POLICY, find_trained
-from sheeprlhf.config.overrides import command
-from sheeprlhf.config.path_checks import is_hub_id, new_folder_problems
-from sheeprlhf.config.run_lookup import is_newest
+from sheeprlhf.apps.chat import TEMPLATE, WEIGHTS
+from sheeprlhf.apps.terminal import Screen, clean, is_number
+from sheeprlhf.config.model_lookup import POLICY, Trained, find_trained
+from sheeprlhf.config.path_checks import data_is_here, is_hub_id, model_folder, new_folder_problems
+from sheeprlhf.config.registry import choices, datasets_of
+from sheeprlhf.config.run_lookup import REPORT_FILE, is_newest, read_run, read_run_config, saved_group
+from sheeprlhf.config.shell import command
+from sheeprlhf.security.json_records import DATA_REPORT, RESULT, load_json
 from sheeprlhf.security.version_guard import check_versions
+from sheeprlhf.structure.data import DocstringsConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.home import expand_home, why_offline
 from sheeprlhf.utils.output import make_folders, sweep_scratch
@@ -21,27 +32,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from sheeprlhf.task.export import Checks
-
-import html
-import importlib.metadata
-import json
-import platform
-from itertools import islice
-from typing import TYPE_CHECKING, Any
-
-from jinja2 import Environment, StrictUndefined
-
-import sheeprlhf
-from sheeprlhf.apps.terminal import is_number
-from sheeprlhf.config.model_lookup import Trained
-from sheeprlhf.config.path_checks import data_is_here, model_folder
-from sheeprlhf.config.registry import choices, datasets_of
-from sheeprlhf.config.run_lookup import REPORT_FILE, read_run, read_run_config, saved_group
-from sheeprlhf.security.json_records import DATA_REPORT, RESULT, load_json
-from sheeprlhf.structure.data import DocstringsConfig
-
-if TYPE_CHECKING:
     from sheeprlhf.task.export import Checks
 
 FLAGS = (
@@ -88,7 +78,7 @@ def run(arguments: list[str]) -> int:
         problems.append(f"--push {clean(name)} cannot be a repository of the hub: give owner/name")
     if problems:
         raise ConfigError(*problems)
-    weights, template = weights_of(given.values), given.values[TEMPLATE.name]
+    weights, template = given.values["weights"], given.values[TEMPLATE.name]
     trained = find_trained(given.words[0], weights, wanted=None, chat_template=template)
     if name is not None:
         _check_hub(name, private)

@@ -71,15 +71,13 @@ def _parse_words(words: list[str]) -> tuple[list[str], Path]:
 
 
 def _no_section(word: str) -> str:
-    from sheeprlhf.config.option_checks import nearest
+    from sheeprlhf.config.option_checks import did_you_mean
     from sheeprlhf.config.overrides import choices_like
 
     listed = f"the sections are {', '.join(SECTIONS)}"
     if "=" in word or choices_like(word):
         return f"{word} is not a section: `show {word}` tells about it; {listed}"
-    near = nearest(word, [*SECTIONS, *_ALIASES])
-    hint = f"did you mean `list {_ALIASES.get(near, near)}`? {listed.capitalize()}" if near else listed
-    return f"{word} is not a section: {hint}"
+    return f"{word} is not a section: {did_you_mean(word, [*SECTIONS, *_ALIASES], listed, key='`list ', end='`')}"
 
 
 def _no_folder(word: str, root: Path) -> str:

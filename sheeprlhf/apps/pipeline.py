@@ -121,32 +121,27 @@ def cells(rows: list[Row], columns: list[Column]) -> list[list[str]]:
     ]
 
 
+_FIGURES = {  # of a result by its task, by their names in it; those of a rule are named by it
+    "perplexity": {"perplexity": "perplexity"},
+    "rouge": {"rougeL": "rouge_l"},
+    "preference": {"accuracy": "pairs_right", "pairs": "pairs"},
+    "reward": {"score": "reward", "win_rate": "win_rate", "kl": "kl"},
+    "reward by imperative": {"score": "imperative", "kl": "kl"},
+}
+
+
 def figures_of(run_dir: Path) -> dict[str, float]:
     """The figures of a run's final weights on the test split, from its eval/*.json."""
-    found: dict[str, Any] = {}
+    found: dict[str, float] = {}
     problems: list[str] = []
     for name, record in read_results(run_dir, problems):
         if record.get("weights") == "final" and record.get("split") == "test":
-            found |= _figures(name, record)
+            kind = "reward by imperative" if name == "reward-imperative-test-final" else str(record.get("task"))
+            named = {column: record.get(key) for key, column in _FIGURES.get(kind, {}).items()}
+            found |= {column: float(value) for column, value in named.items() if is_number(value)}
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
-    return {name: float(value) for name, value in found.items() if is_number(value)}
-
-
-def _figures(stem: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    task = record.get("task")
-    if task == "perplexity":
-        return {"perplexity": record.get("perplexity")}
-    if task == "rouge":
-        return {"rouge_l": record.get("rougeL")}
-    if task == "preference":
-        return {"pairs_right": record.get("accuracy"), "pairs": record.get("pairs")}
-    if task == "reward":
-        scorer = stem.removeprefix("reward-").removesuffix("-test-final")
-        if scorer == "imperative":
-            return {"imperative": record.get("score"), "kl": record.get("kl")}
-        return {"reward": record.get("score"), "win_rate": record.get("win_rate"), "kl": record.get("kl")}
-    return {}
+    return found
 
 
 def read_pipeline(folder: Path, notes: list[str]) -> list[Row]:

@@ -212,11 +212,13 @@ _MAX_ROLLOUT_ROWS, _MAX_ROLLOUT_COLUMNS = 64, 20
 _ROLLOUT_BYTES = 256 << 20
 _PNG = b"\x89PNG\r\n\x1a\n"
 
-_HEADER = re.compile(r"\[(prompt|model|best|worst|reference)\](.*)")
+_HEADER = re.compile(r"(?m)^\[(prompt|model|best|worst|reference)\](.*)$")
+_METRIC = re.compile(r"(\d{1,12}),(.*),([^,]*),([^,]*)")  # step, tag, value, time
 _TOKENS = r"(?:<\|[^<>|\s]{1,24}\|>|</?s>|<(?:bos|eos|pad|unk|end_of_turn|start_of_turn)>)+"
 _FIRST_TOKENS, _LAST_TOKENS = re.compile(rf"^{_TOKENS}"), re.compile(rf"{_TOKENS}$")
 
 _FACTS = ("task", "split", "data", "model", "weights", "experiment_dir", "time", "version", "seed", "generation")
+_END = "<end>"
 _INTERVAL = "_interval"  # suffix of the key that holds a number's interval
 
 
@@ -226,7 +228,7 @@ class Answer(NamedTuple):
     step: int | None  # of the training in which it was generated; None for an evaluation or a reference
     note: str  # its score and the like
     text: str  # without control tokens at its ends
-    end: str  # the control tokens at its end; empty where the file has none, or the text was cut
+    end: str  # the control tokens at its end, `_END` if they are not written; empty if unknown, or the text was cut
 
     def label(self) -> str:
         """Step and note."""
@@ -254,7 +256,7 @@ class Evaluation(NamedTuple):
 class Record(NamedTuple):
     """Everything that is shown of a run; `notes` lists what could not be read."""
 
-    label: str
+    label: str  # name of the run on the page
     past: PastRun
     info: dict[str, Any]
     config: dict[str, Any]
@@ -268,8 +270,8 @@ class Record(NamedTuple):
     notes: list[str]
 
 
-def read_record(folder: Path, info: dict[str, Any], label: str) -> Record:
-    """Read a run, called `label` on the page; missing and damaged files are left out and noted."""
+def read_record(folder: Path, info: dict[str, Any]) -> Record:
+    """Read a run, which has no label yet; missing and damaged files are left out and noted."""
     past = past_run(folder, info)
     notes = [f"left out: {problem}" for problem in past.problems]
     if past.state == "running":
@@ -288,7 +290,7 @@ def read_record(folder: Path, info: dict[str, Any], label: str) -> Record:
     data = _read_object(folder, REPORT_FILE, DATA_REPORT, problems)
     notes += [f"left out: {problem}" for problem in problems]
     return Record(
-        label,
+        "",
         past,
         info,
         _read_config(folder, notes),
@@ -329,13 +331,12 @@ def _parse_metrics(content: bytes) -> tuple[dict[str, Curve], int]:
     points: dict[str, dict[int, tuple[float, float]]] = {}
     invalid = 0
     for line in content.decode(errors="replace").split("\n")[:-1]:  # the text after the last newline is half a row
-        step, _, rest = line.partition(",")
-        tag, *numbers = rest.rsplit(",", 2)
-        value, time = map(_parse_number, numbers) if len(numbers) == 2 else (None, None)
-        if step.isdecimal() and len(step) < 13 and value is not None and (tag in points or len(points) < _MAX_TAGS):
+        step, tag, *numbers = match.groups() if (match := _METRIC.fullmatch(line)) else ("", "")
+        value, time = map(_parse_number, numbers or ("", ""))
+        if value is not None and (tag in points or len(points) < _MAX_TAGS):
             points.setdefault(tag, {})[int(step)] = value, time or 0.0
         else:
-            invalid += step != "step" and bool(line.strip())
+            invalid += bool(line.strip()) and not line.startswith("step,")
     curves = {}
     for tag, found in points.items():
         steps = sorted(found)
@@ -408,27 +409,18 @@ def parse_samples(files: Iterable[tuple[int, str]]) -> dict[str, Exchange]:
     """Exchanges in sample files, oldest first, by their prompt without white space and control tokens."""
     exchanges: dict[str, Exchange] = {}
     for step, content in files:
-        exchange = None
-        for kind, note, body in _blocks(content):
+        exchange, scored = None, False  # texts of an RL task, which has scores, hold no control tokens
+        _, *parts = _HEADER.split(re.sub(r"(?m)^--- .*$", "", content))
+        for kind, note, body in zip(parts[::3], map(str.strip, parts[1::3]), parts[2::3], strict=True):
             if kind == "prompt":
                 exchange = _exchange(exchanges, body)
             elif exchange is not None and kind == "reference":
-                exchange.references.append(_answer(None, "", body))
+                exchange.references.append(_answer(None, "", body, _END if scored else ""))
             elif exchange is not None:
-                exchange.answers.append(_answer(step, note if kind == "model" else f"{kind}: {note}", body))
+                scored = note.startswith("score ")
+                end = _END if scored and not note.endswith(", cut") else ""
+                exchange.answers.append(_answer(step, note if kind == "model" else f"{kind}: {note}", body, end))
     return exchanges
-
-
-def _blocks(content: str) -> list[tuple[str, str, str]]:
-    """Kind and note of each header, and the lines below it."""
-    blocks: list[tuple[str, str, list[str]]] = []
-    for line in content.split("\n"):
-        match = _HEADER.fullmatch(line)
-        if match:
-            blocks.append((match[1], match[2].strip(), []))
-        elif blocks and not line.startswith("--- "):
-            blocks[-1][2].append(line)
-    return [(kind, note, "\n".join(lines)) for kind, note, lines in blocks]
 
 
 def parse_rows(content: str) -> dict[str, Exchange]:
@@ -461,7 +453,8 @@ def _read_rollouts(folder: Path, notes: list[str]) -> dict[str, Exchange]:
         for row in rows:
             scores = {key: value for key, value in row.items() if key.startswith(("score", "reward/"))}
             note = ", ".join(f"{key.removeprefix('reward/')} {value:.4g}" for key, value in scores.items())
-            answer = _answer(row["step"], note if row["finished"] else f"{note}, cut", row["response"])
+            note, end = (note, _END) if row["finished"] else (f"{note}, cut", "")
+            answer = _answer(row["step"], note, row["response"], end)
             _exchange(exchanges, row["prompt"]).answers.append(answer)
     return exchanges
 
@@ -494,10 +487,12 @@ def _exchange(exchanges: dict[str, Exchange], prompt: str) -> Exchange:
     return exchanges.setdefault(" ".join(shown.split()), Exchange(shown, [], []))
 
 
-def _answer(step: int | None, note: str, text: str) -> Answer:
+def _answer(step: int | None, note: str, text: str, end: str = "") -> Answer:
     text = _FIRST_TOKENS.sub("", text.strip())
-    end = _LAST_TOKENS.search(text[-200:])
-    return Answer(step, note, _shorten(text.removesuffix(end[0]).strip() if end else text), end[0] if end else "")
+    written = _LAST_TOKENS.search(text[-200:])
+    if written:
+        text, end = text.removesuffix(written[0]).strip(), written[0]
+    return Answer(step, note, _shorten(text), end)
 
 
 def _shorten(text: str) -> str:

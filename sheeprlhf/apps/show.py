@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from rich.text import Text
 
 from sheeprlhf.apps.arguments import FLAGS, PLAIN_VERBS, PLOT, VERBS, flag_entries, print_help, read_flags
-from sheeprlhf.apps.terminal import Screen, clean, columns, entry, heading, paragraph
+from sheeprlhf.apps.terminal import Screen, clean, entry, heading, paragraph
 from sheeprlhf.config.compose import Source, compose_for_help, configs_directory
 from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.config.overrides import Entry, catalogue, choices_like
@@ -18,7 +18,7 @@ from sheeprlhf.config.run_lookup import NEWEST, START, TASKS
 from sheeprlhf.utils.errors import ConfigError
 
 _FROM_FILE = "from a file"
-_TYPE_NAMES = {int: "whole number", float: "number", bool: "true|false", str: "text"}
+_TYPE_NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 
 
 def meaning_of(cls: type) -> str:
@@ -86,35 +86,25 @@ def recipe_content(name: str) -> tuple[dict[str, str], dict[str, Any]]:
     return chosen, values | dict(leaves(content))
 
 
-def type_name(hint: Any) -> str:
-    """The kind of value, in a word or two; empty where anything is taken."""
-    plain, optional = unwrap_optional(hint)
-    if typing.get_origin(plain) in (tuple, list):
-        return "numbers" if typing.get_args(plain)[0] in (int, float) else "texts"
-    if plain is Any:
-        return ""
-    return _TYPE_NAMES.get(plain, "group") + (" or null" if optional else "")
-
-
 def allowed(option: Option) -> str:
     """Allowed values: type and range, or the list of choices."""
     metadata = option.metadata
-    low, high, above = metadata.get("minimum"), metadata.get("maximum"), metadata.get("above")
     if metadata.get("choices"):
         return f"one of {', '.join(metadata['choices'])}"
-    bounds = []
-    if above is not None:
-        bounds.append(f"above {above:g}")
+    plain, optional = unwrap_optional(option.type)
+    if typing.get_origin(plain) in (tuple, list):
+        kind = "numbers" if typing.get_args(plain)[0] in (int, float) else "texts"
+    else:
+        kind = "" if plain is Any else _TYPE_NAMES.get(plain, "group")
+    if metadata.get("unit") and option.value is None:  # else the value shows it
+        kind = f"{kind} of {metadata['unit']}"
+    low, high, above = metadata.get("minimum"), metadata.get("maximum"), metadata.get("above")
+    bounds = [f"above {above:g}"] if above is not None else []
     if low is not None:
         bounds.append(f"{low:g} to {high:g}" if high is not None else f"{low:g} or more")
     elif high is not None:
         bounds.append(f"at most {high:g}")
-    name = type_name(option.type)
-    null = name.endswith(" or null")
-    kind = name.removesuffix(" or null").replace("|", " or ")
-    unit = metadata.get("unit") if option.value is None else None  # else the value shows it
-    kind = f"{kind} of {unit}" if unit else kind
-    return ", ".join(filter(None, (kind, " and ".join(bounds), "or null" if null else "")))
+    return ", ".join(filter(None, (kind, " and ".join(bounds), "or null" if optional and plain is not Any else "")))
 
 
 def shown(value: Any) -> str:
@@ -347,10 +337,6 @@ def _location(group: str, names: list[str]) -> str:
     return f"with every {_GROUP_NAMES.get(group, group)}" if everywhere else f"with {group}={', '.join(names)}"
 
 
-_OPTION_FACTS = r"\[[^\[\]]*(\[[^\[\]]*\])?\](?=$|\s+One of)"  # of an option: type, unit and default
-_WIDE_SCREEN = 100  # columns from which on options have their meaning next to them
-
-
 def print_verb_help(verb: str, overrides: list[str], config_dir: str | None) -> None:
     """Print the groups, every option of the composed configuration, and the flags. Raises ConfigError."""
     config, available = compose_for_help(Source(verb, config_dir), overrides)
@@ -365,7 +351,7 @@ def print_verb_help(verb: str, overrides: list[str], config_dir: str | None) -> 
         known = choices_of(group, "" if group == "experiment" else verb)
         known |= {name: _FROM_FILE for name in names if name not in known}
         print_choices(screen, {name: known[name] for name in sorted(names, key=list(known).index)})
-    screen.print(heading("\nOptions, with the defaults of the choices above:"))
+    screen.print(heading("\nOptions, with the values of the choices above:"))
     _print_options(screen, verb, config)
     screen.print(heading("\nFlags:"))
     for name, meaning in flag_entries((*FLAGS, PLOT) if verb == "eval" else FLAGS).items():
@@ -378,23 +364,14 @@ def _print_options(screen: Screen, verb: str, config: Any) -> None:
         if option.key == "task" and option.value == "???":
             for name, cls in choices("task", verb).items():
                 screen.print(f"\n  with task={name}:", style="faint")
-                for inner in options(cls(), "task."):
-                    _print_option(screen, inner)
-        elif not option.key.endswith("config_name") and option.key != "experiment":  # these are set by choosing
+                _print_rows(screen, [_Row(inner) for inner in options(cls(), "task.") if _is_option(inner)])
+        elif _is_option(option) and option.key != "experiment":
             before, part = part, option.key.rpartition(".")[0].partition(".")[0]
             if before != part:
                 screen.print()
-            _print_option(screen, option)
+            _print_rows(screen, [_Row(option)])
 
 
-def _print_option(screen: Screen, option: Option) -> None:
-    if option.key.endswith("config_name"):
-        return
-    default = "must be given" if option.value == "???" else f"default {shown(option.value)}"
-    facts = [type_name(option.type), option.metadata.get("unit", ""), default]
-    meaning = f"{option.metadata.get('help', '')} [{', '.join(filter(None, facts))}]"
-    if option.metadata.get("choices"):
-        meaning += f" One of {', '.join(option.metadata['choices'])}."
-    text = entry(option.key, meaning, width=36 if columns() >= _WIDE_SCREEN else 4)
-    text.highlight_regex(_OPTION_FACTS, "faint")
-    screen.print(text)
+def _is_option(option: Option) -> bool:
+    """False for those that are set by choosing."""
+    return not option.key.endswith("config_name")

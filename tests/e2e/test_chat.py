@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import sheeprlhf.apps.serve.chat as chat
+import sheeprlhf.apps.chat as chat
 from sheeprlhf.cli import run
 from sheeprlhf.config.model_lookup import Trained, find_trained
 from sheeprlhf.data.prompt_encoder import Turn

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sheeprlhf.apps.serve.demo import AUTH, open_page, short_names
+from sheeprlhf.apps.demo import AUTH, open_page, short_names
 from sheeprlhf.cli import run
 from sheeprlhf.config.model_lookup import find_trained
 from tests.support.devtools import Page, find_chromium
@@ -29,7 +29,7 @@ def free_port() -> int:
 
 @contextmanager
 def served(folders: dict[str, Path], auth: tuple[str, str] | None = None) -> Iterator[str]:
-    from sheeprlhf.apps.serve.page import ASK, SUMMARISE, Panel
+    from sheeprlhf.apps.demo_page import ASK, SUMMARISE, Panel
     from sheeprlhf.task.text_generator import load_text_generator
 
     writers = [(name, load_text_generator(find_trained(str(folder)), print)) for name, folder in folders.items()]

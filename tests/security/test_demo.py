@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sheeprlhf.apps.serve import demo as demo_guard
+from sheeprlhf.apps import demo as demo_guard
 from tests.e2e.test_demo import served
 from tests.support.models import byte_tokenizer, make_model_folder
 from tests.support.talking import TEMPLATE

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sheeprlhf.apps.report.command import write_report
+from sheeprlhf.apps.report import write_report
 from sheeprlhf.cli import run
 from sheeprlhf.engine.metrics import MetricWriter
 from sheeprlhf.engine.rundir import check_existing_run

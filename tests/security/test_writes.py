@@ -64,8 +64,8 @@ REVIEWED = {
     "task/finish.py:write_rollout:write_table": "into memory",
     "task/eval/result.py:_drawing:savefig": "into memory",
     "apps/inspect.py:draw_histograms:savefig": "into memory",
-    "apps/report/chart.py:draw_png:savefig": "into memory",
-    "apps/report/chart.py:_svg:savefig": "into memory",
+    "apps/report_page.py:draw_png:savefig": "into memory",
+    "apps/report_page.py:_svg:savefig": "into memory",
 }
 WRITERS = {
     *("write_text", "write_bytes", "touch", "mkdir", "makedirs", "mkfifo", "mknod", "symlink", "symlink_to", "link"),

@@ -1,13 +1,28 @@
 """One prompt to several models: states of a page, and requests that no page would send."""
 
+import html
+
 import pytest
 
-from sheeprlhf.apps.serve.page import ASK, MAX_CHARS, SUMMARISE, Panel, Settings, transcript
+from sheeprlhf.apps.demo_page import ASK, MAX_CHARS, SUMMARISE, Panel, Settings, report_frame, transcript
 from sheeprlhf.config.model_lookup import find_trained
 from sheeprlhf.data.prompt_encoder import Turn
 from sheeprlhf.task.text_generator import load_text_generator
 from tests.support.models import byte_tokenizer, make_model_folder
+from tests.support.past_runs import make_past_run
 from tests.support.talking import TEMPLATE, says
+
+
+def test_the_report_of_runs_is_a_frame_without_scripts(tmp_path):
+    folder = make_past_run(tmp_path / "run")
+    frame = report_frame([str(folder)])
+    assert frame.startswith("<iframe ") and 'sandbox=""' in frame and frame.count("<") == 2  # the page is escaped
+    page = html.unescape(frame)
+    assert 'aria-label="train/loss: sft 4 at step 1, 1 at step 4' in page and "sft says 4" in page
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("5,train/loss,0.5,9\n")
+    assert 'aria-label="train/loss: sft 4 at step 1, 0.5000 at step 5' in html.unescape(report_frame([str(folder)]))
+
 
 FAIR = Settings(0.7, 1.0, 0, 64, 1)
 

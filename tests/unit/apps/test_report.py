@@ -13,17 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from sheeprlhf.apps import runs as run_files
-from sheeprlhf.apps.report.chart import (
+from sheeprlhf.apps.report import write_report
+from sheeprlhf.apps.report_page import (
     MAX_RUNS,
     charts_of,
     downsample,
     draw_curves,
+    duration_text,
+    figure_text,
     group_tags,
+    point_table,
     wilson,
 )
-from sheeprlhf.apps.report.command import write_report
-from sheeprlhf.apps.report.page import duration_text, figure_text, point_table
-from sheeprlhf.apps.runs import Curve, parse_evaluation
+from sheeprlhf.apps.runs import Answer, Curve, parse_evaluation
 from sheeprlhf.cli import run
 from sheeprlhf.engine.rundir import RunLock
 from tests.support.devtools import dump_dom, find_chromium
@@ -260,6 +262,14 @@ def test_saved_rollouts_are_shown_with_their_scores(tmp_path, page_of):
     assert EVIL in page.pres and SECRET not in page.text
     assert "rollout-000001.parquet" in page.text and "rollout-000002.parquet" in page.text
     assert {tag for tag, _ in page.elements} <= ELEMENTS
+
+
+def test_texts_without_control_tokens_end_as_the_notes_of_the_samples_say():
+    asked = "[prompt]\nQ?\n[model] score 1.000, KL 0.10\nYes.\n[reference]\nNo.\n\n[prompt]\nR?\n"
+    exchanges = run_files.parse_samples([(3, f"--- samples\n{asked}[model] score 0.000, KL 0.20, cut\nYe\n")])
+    assert exchanges["Q?"].answers == [Answer(3, "score 1.000, KL 0.10", "Yes.", "<end>")]
+    assert exchanges["Q?"].references == [Answer(None, "", "No.", "<end>")]
+    assert exchanges["R?"].answers == [Answer(3, "score 0.000, KL 0.20, cut", "Ye", "")]
 
 
 def test_a_run_in_progress_is_shown_and_reported(tmp_path, page_of, capsys):

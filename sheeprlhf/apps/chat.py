@@ -17,7 +17,7 @@ from sheeprlhf.utils.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from sheeprlhf.task.text_generator import TextGenerator
 
-WEIGHTS = Flag("weights", "Which of a run's weights.", default="final", value="final|best|last|step-<n>")
+WEIGHTS = Flag("weights", "Which of a run's weights; by default the final ones.", value="final|best|last|step-<n>")
 TEMPLATE = Flag(
     "chat-template",
     "Chat template instead of the model's own: one of its names, a built-in one (chatml, ...) or a .jinja file.",
@@ -47,11 +47,6 @@ _LONGEST_ESCAPE = 40  # characters
 _MORE_SECONDS = 0.05  # lines that come sooner after another one were pasted with it
 
 
-def weights_of(values: dict[str, str]) -> str | None:
-    """Requested weights; None if no flag was given."""
-    return None if values["weights"] == WEIGHTS.default else values["weights"]
-
-
 def sampling(*, temperature: float, top_p: float, top_k: float, max_new_tokens: float) -> GenConfig:
     """Settings of a sampler; a temperature of 0 takes the likeliest token."""
     return GenConfig(
@@ -79,7 +74,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(*problems)
     trained = find_trained(
         given.words[0],
-        weights_of(given.values),
+        given.values["weights"],
         chat_template=given.values[TEMPLATE.name],
         template_args=given.values[TEMPLATE_ARGS.name],
     )

@@ -9,12 +9,12 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from sheeprlhf.apps.arguments import Flag, flag_entries, number_problems, print_help, read_flags
-from sheeprlhf.apps.serve.chat import TEMPLATE, TEMPLATE_ARGS, WEIGHTS, weights_of
+from sheeprlhf.apps.chat import TEMPLATE, TEMPLATE_ARGS, WEIGHTS
 from sheeprlhf.apps.terminal import Screen, clean
 from sheeprlhf.config.model_lookup import REWARD_MODEL, Trained, find_trained
 from sheeprlhf.security.version_guard import check_versions
@@ -160,7 +160,8 @@ def run(arguments: list[str]) -> int:
     if given is None:
         meaning = (
             "A page with two tabs, summarise and question answering: one prompt, the answers of all models side by "
-            "side. It is served to this machine only, connects to no other machine, and ends with Ctrl-C."
+            "side. Without --auth a third tab has the report of the runs. The page is served to this machine only, "
+            "connects to no other machine, and ends with Ctrl-C."
         )
         usage = "demo <run or model> [<run or model> ...] [--flag value ...]"
         return print_help(usage, [meaning], "Flags", flag_entries(FLAGS))
@@ -171,10 +172,9 @@ def run(arguments: list[str]) -> int:
     problems = list(_address_problems(values["host"], values["port"], protected=values["auth"]))
     problems += number_problems("demo <run> <run>", given.words, _MAX_MODELS)
     found: list[Trained] = []
-    weights = weights_of(values)
     for word in given.words[:_MAX_MODELS]:
         template = {"chat_template": values[TEMPLATE.name], "template_args": values[TEMPLATE_ARGS.name]}
-        problems += _find(found, word, weights, **template)
+        problems += _find(found, word, values["weights"], **template)
     reward: list[Trained] = []
     if values["reward"] is not None:
         problems += [f"--reward: {text}" for text in _find(reward, values["reward"], None, REWARD_MODEL)]
@@ -255,7 +255,7 @@ def _serve(models: list[Trained], reward: Trained | None, host: str, port: int, 
     _clean_environment()
     from transformers.utils import logging as transformers_logging
 
-    from sheeprlhf.apps.serve.page import ASK, SUMMARISE, Panel
+    from sheeprlhf.apps.demo_page import ASK, SUMMARISE, Panel
     from sheeprlhf.task.text_generator import load_reward_scorer, load_text_generator
 
     transformers_logging.disable_progress_bar()
@@ -265,7 +265,8 @@ def _serve(models: list[Trained], reward: Trained | None, host: str, port: int, 
     scorer = load_reward_scorer(reward, say) if reward is not None else None
     panels = [Panel(kind, generators, scorer) for kind in (SUMMARISE, ASK)]
     scored = short_names([clean(reward.word, 200)])[0] if reward is not None else None
-    page = open_page(panels, scored, host, port, auth)
+    runs = [str(trained.run_dir) for trained in models if trained.run_dir is not None and auth is None]
+    page = open_page(panels, scored, host, port, auth, runs)  # visitors need not see the paths in a report
     audience = "this machine only" if auth is None else "everyone who has the password"
     screen.print(f"serving http://{host}:{port} to {audience}")
     screen.print("Ctrl-C ends it")
@@ -295,13 +296,15 @@ def _clean_environment() -> None:
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
-def open_page(panels: list[Any], scored: str | None, host: str, port: int, auth: tuple[str, str] | None) -> Any:
+def open_page(
+    panels: list[Any], scored: str | None, host: str, port: int, auth: tuple[str, str] | None, runs: Sequence[str] = ()
+) -> Any:
     """Serve the page from threads of its own; return its closer. Raises ConfigError if the port was taken."""
     from starlette.middleware import Middleware
 
-    from sheeprlhf.apps.serve.page import CSS, THEME, build_page
+    from sheeprlhf.apps.demo_page import CSS, THEME, build_page
 
-    page = build_page(panels, scored=scored)
+    page = build_page(panels, scored=scored, runs=runs)
     hosts = ("127.0.0.1", "localhost", "::1", host) if auth is None else ()
     try:
         page.launch(

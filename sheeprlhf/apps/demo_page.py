@@ -1,12 +1,14 @@
 """The page of `demo`: one prompt to several models, their answers side by side, in two tabs, as plain text."""
 
+import html
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import gradio as gr
 
-from sheeprlhf.apps.serve.chat import sampling
+from sheeprlhf.apps.chat import sampling
+from sheeprlhf.apps.report import page_of_runs
 from sheeprlhf.data.prompt_encoder import Turn
 from sheeprlhf.security.redaction import plain_text
 from sheeprlhf.structure.run import GenConfig
@@ -159,8 +161,10 @@ _TABS = {SUMMARISE: ("Summarise", "Text", "Summarise"), ASK: ("Question answerin
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 
 
-def build_page(panels: list[Panel], *, scored: str | None, max_new_tokens: int = 128) -> gr.Blocks:
-    """The page: a tab for each panel; `scored` names the reward model, if there is one."""
+def build_page(
+    panels: list[Panel], *, scored: str | None, runs: Sequence[str] = (), max_new_tokens: int = 128
+) -> gr.Blocks:
+    """The page: a tab for each panel, one for the report of `runs`; `scored` names the reward model, if any."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=False) as page:
         gr.HTML(_ABOUT, elem_id="title")
         with gr.Accordion("Settings", open=False, render=False) as settings:
@@ -169,9 +173,19 @@ def build_page(panels: list[Panel], *, scored: str | None, max_new_tokens: int =
             for panel in panels:
                 with gr.Tab(_TABS[panel.kind][0], id=panel.kind):
                     _tab(panel, inputs, scored)
+            if runs:
+                with gr.Tab("Runs", id="runs") as tab:
+                    report = gr.HTML()
+                tab.select(lambda: report_frame(runs), outputs=report, show_progress="hidden", **_PRIVATE)
         settings.render()
     page.queue(max_size=16, default_concurrency_limit=1, api_open=False)
     return page
+
+
+def report_frame(runs: Sequence[str]) -> str:
+    """The report of the runs as they are now, as a frame in which nothing can run."""
+    page = html.escape(page_of_runs(list(runs)))
+    return f'<iframe title="Report" sandbox="" style="width:100%;height:80vh;border:0" srcdoc="{page}"></iframe>'
 
 
 def _settings(max_new_tokens: int) -> list[gr.Component]:

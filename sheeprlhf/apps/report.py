@@ -3,12 +3,13 @@
 import os
 import time
 from collections import Counter
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.apps.arguments import Flag, flag_entries, print_help, read_flags
 from sheeprlhf.apps.pipeline import Row, read_pipeline
-from sheeprlhf.apps.runs import MARK, FoundRuns, find_past_runs, past_run, read_record, run_order
+from sheeprlhf.apps.runs import MARK, FoundRuns, Record, find_past_runs, read_record, run_order
 from sheeprlhf.apps.terminal import Screen, clean, paragraph
 from sheeprlhf.config.option_checks import near_path
 from sheeprlhf.config.path_checks import new_folder_problems
@@ -73,14 +74,10 @@ def write_report(folders: list[str], *, to: str | None = None, png: bool = False
     if problems:
         raise ConfigError(*problems)
 
-    from sheeprlhf.apps.report.chart import MAX_RUNS, draw_png  # imports matplotlib
-    from sheeprlhf.apps.report.page import build_page, charts_by_group
+    from sheeprlhf.apps.report_page import build_page, charts_by_group, draw_png  # imports matplotlib
 
-    if len(runs) > MAX_RUNS:
-        notes.append(f"{len(runs):,} runs are too many for one page: these are the newest {MAX_RUNS}")
-        runs = sorted(runs, key=run_order)[-MAX_RUNS:]
-    labels = _labels(runs)
-    records = [read_record(folder, info, label) for (folder, info), label in zip(runs, labels, strict=True)]
+    records = _read_records(runs, notes)
+    labels = [record.label for record in records]
     files = {page: build_page(records, pipelines, notes).encode()}
     for group, charts in charts_by_group(records) if png else ():
         name = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in group.title.lower())
@@ -88,6 +85,26 @@ def write_report(folders: list[str], *, to: str | None = None, png: bool = False
     _write(files)
     notes += [f"{record.label} {note}" for record in records for note in record.notes]
     return WrittenReport(list(files), notes)
+
+
+def page_of_runs(folders: list[str]) -> str:
+    """The page of runs as they are now, without those that cannot be read."""
+    from sheeprlhf.apps.report_page import build_page
+
+    notes: list[str] = []
+    runs, pipelines = _choose_runs(folders, notes, [])
+    return build_page(_read_records(runs, notes), pipelines, notes)
+
+
+def _read_records(runs: list[RunInfo], notes: list[str]) -> list[Record]:
+    """Read the runs, the newest ones if they are too many, and label them."""
+    from sheeprlhf.apps.report_page import MAX_RUNS
+
+    if len(runs) > MAX_RUNS:
+        notes.append(f"{len(runs):,} runs are too many for one page: these are the newest {MAX_RUNS}")
+        runs = sorted(runs, key=run_order)[-MAX_RUNS:]
+    records = [read_record(folder, info) for folder, info in runs]
+    return [record._replace(label=label) for record, label in zip(records, _labels(records), strict=True)]
 
 
 def _choose_runs(
@@ -141,19 +158,12 @@ def _output_path(to: str | None, problems: list[str]) -> Path:
         return path
     problems += new_folder_problems("--to", str(path.parent if named else path))
     if to is None:
-        return _new_file(path, time.strftime("%Y-%m-%d_%H-%M-%S"))
+        name = time.strftime("%Y-%m-%d_%H-%M-%S")
+        names = (f"{name}.html" if number == 1 else f"{name}-{number}.html" for number in count(1))
+        return next(path / name for name in names if not os.path.lexists(path / name))
     path = path if named else path / _PAGE
     if not _is_free(path):
         problems.append(f"--to {to}: {path} is there and is not a report: give another name")
-    return path
-
-
-def _new_file(folder: Path, name: str) -> Path:
-    """A path that does not exist yet: `name`, else `name-2`, `name-3`, ..."""
-    number, path = 1, folder / f"{name}.html"
-    while os.path.lexists(path):
-        number += 1
-        path = folder / f"{name}-{number}.html"
     return path
 
 
@@ -175,10 +185,12 @@ def _write(files: dict[Path, bytes]) -> None:
             raise ConfigError(f"{path} cannot be written ({why}): give another place with --to") from error
 
 
-def _labels(runs: list[RunInfo]) -> list[str]:
+def _labels(records: list[Record]) -> list[str]:
     """A short name for each run: its task; with its run name, or numbered, where several have the same."""
-    tasks = [past_run(folder, info).names[2] for folder, info in runs]
-    named = [f"{task} {clean(info.get('run_name', '?'), 24)}" for task, (_, info) in zip(tasks, runs, strict=True)]
+    tasks = [record.past.names[2] for record in records]
+    named = [
+        f"{task} {clean(record.info.get('run_name', '?'), 24)}" for task, record in zip(tasks, records, strict=True)
+    ]
     counts, labels = Counter(tasks), []
     seen: Counter[str] = Counter()
     for task, name in zip(tasks, named, strict=True):

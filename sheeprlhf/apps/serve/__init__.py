@@ -1,1 +1,0 @@
-"""`chat` and `demo`: talk to models."""
