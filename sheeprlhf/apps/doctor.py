@@ -132,14 +132,13 @@ def precision(cfg: FabricConfig, *, on_cuda: bool) -> Finding:
     else:
         abilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         supported = any(able for name, able in abilities.items() if name.endswith("bf16"))
-    chosen = f"fabric.precision={cfg.precision}"
+    chosen, is_half = f"fabric.precision={cfg.precision}", cfg.precision.startswith("bf16")
+    text = "this device has bfloat16 arithmetic"
     if not supported:
-        text = f"{chosen}; this device has no bfloat16 arithmetic, so 32-true is fastest"
-        return Finding("warning" if cfg.precision.startswith("bf16") else "ok", "precision", text)
-    if cfg.precision.startswith("bf16"):
-        return Finding("ok", "precision", f"{chosen}, which this device has arithmetic for")
-    advice = "this device has bfloat16 arithmetic: fabric.precision=bf16-mixed needs less memory and may be faster"
-    return Finding("ok", "precision", f"{chosen}; {advice}")
+        text = "this device has no bfloat16 arithmetic, so 32-true is fastest"
+    elif not is_half:
+        text += ": fabric.precision=bf16-mixed needs less memory and may be faster"
+    return Finding("warning" if is_half and not supported else "ok", "precision", f"{chosen}; {text}")
 
 
 def hub(why_not: str, *, needed: bool) -> Finding:
@@ -420,8 +419,8 @@ def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
     all_here = model_folder(str(config.model.repo_name)) is not None and data_is_here(config.data)
     yield hub(offline.result(), needed=not all_here)
     yield from caches(config.data.cache_dir)
-    yield _data(config.data, offline.result())
-    of_weights = list(_weights(config))
+    yield from _checked("data", _data(config.data, offline.result()))
+    of_weights = list(_checked("weights", _weights(config)))
     yield from of_weights
     reported = {finding.text for finding in of_weights}
     try:
@@ -472,21 +471,27 @@ def _plan(config: DoctorConfig, offline: str) -> Iterator[Finding]:
         yield _dry_step(config, size)
 
 
-def _data(data: DataConfig, offline: str) -> Finding:
+def _checked(topic: str, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """The findings of a check, and a problem if it raises SheepError."""
+    try:
+        yield from findings
+    except SheepError as error:
+        yield Finding("problem", topic, str(error))
+
+
+def _data(data: DataConfig, offline: str) -> Iterator[Finding]:
     """Check that the rows are available; a dataset of the hub is not downloaded for it."""
     from sheeprlhf.data import source
 
     if not offline and not data_is_here(data):
         names = ", ".join(str(of.dataset_name) for of in datasets_of(data) if not data_is_here(of))
-        return Finding("ok", "data", f"{names} is on the hub; the first run downloads it")
-    try:
-        files = {split: None for of in datasets_of(data) for split in source.locate(of)}
-        shards = ""
-        if isinstance(data, LayoutDataConfig) and data.streaming:
-            shards = f", {len(source.shards_of(data, source.locate(data)))} shards, prepared one by one during training"
-    except SheepError as error:
-        return Finding("problem", "data", str(error))
-    return Finding("ok", "data", f"data={data.config_name}: {', '.join(files)}{shards}")
+        yield Finding("ok", "data", f"{names} is on the hub; the first run downloads it")
+        return
+    files = {split: None for of in datasets_of(data) for split in source.locate(of)}
+    shards = ""
+    if isinstance(data, LayoutDataConfig) and data.streaming:
+        shards = f", {len(source.shards_of(data, source.locate(data)))} shards, prepared one by one during training"
+    yield Finding("ok", "data", f"data={data.config_name}: {', '.join(files)}{shards}")
 
 
 def _weights(config: DoctorConfig) -> Iterator[Finding]:
@@ -495,24 +500,18 @@ def _weights(config: DoctorConfig) -> Iterator[Finding]:
     from sheeprlhf.model.locate import locate
     from sheeprlhf.task.weight_checks import check_needed, models_of
 
-    notes: list[str] = []
-    try:
-        for needed in models_of(config):
-            try:
-                here = locate(needed.model).local_only
-            except SheepError:
-                if needed.reward_term is not None:
-                    raise
-                continue  # the topic "model" tells
-            if not here:
-                continue  # on the hub
-            note = check_needed(needed, notes.append)
-            given = "model.repo_name" if needed.reward_term is None else folder_option(needed.reward_term).rstrip("=: ")
-            notes += [f"{given}={needed.model.repo_name}: {note}"] if note else []
-    except SheepError as error:
-        yield Finding("problem", "weights", str(error))
-    for note in notes:
-        yield Finding("warning", "weights", note)
+    for needed in models_of(config):
+        try:
+            here = locate(needed.model).local_only
+        except SheepError:
+            if needed.reward_term is not None:
+                raise
+            continue  # the topic "model" tells
+        notes: list[str] = []
+        note = check_needed(needed, notes.append) if here else None  # else it is on the hub
+        given = "model.repo_name" if needed.reward_term is None else folder_option(needed.reward_term).rstrip("=: ")
+        notes += [f"{given}={needed.model.repo_name}: {note}"] if note else []
+        yield from (Finding("warning", "weights", note) for note in notes)
 
 
 def _options(config: DoctorConfig) -> Iterator[Finding]:

@@ -40,7 +40,6 @@ from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.output import is_own_file, write_file
 from sheeprlhf.utils.rendering import render_chat
 
-NEWLINE = "\n"
 _UNFINISHED = "\ufffd"  # what decoders write for bytes that are not yet a character
 
 
@@ -50,14 +49,6 @@ class Token(NamedTuple):
     text: str  # what it adds to the text; empty for one that ends inside a character
     trained: bool  # the loss counts it
     special: bool  # it is a special token, not text that looks like one
-
-
-class Piece(NamedTuple):
-    """A token, or the part of it in one line."""
-
-    number: int  # the token's, counted from the part's first
-    token: Token  # the whole token
-    text: str  # NEWLINE where the token ends the line, else printable
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -94,26 +85,6 @@ def without_secrets(texts: Sequence[str]) -> list[str]:
 def printable(text: str) -> str:
     """The text; characters that a terminal would obey or not show are written as Python escapes them."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-
-
-def lines(tokens: Sequence[Token], width: int) -> Iterator[list[Piece]]:
-    """Lines of at most `width` columns (tokens stay whole), each all trained on or all not, cut at newlines."""
-    line: list[Piece] = []
-    used = 0
-    for number, token in enumerate(tokens):
-        for part in re.findall(r"\n|[^\n]+", token.text) or [""]:
-            piece = Piece(number, token, part if part == NEWLINE else printable(part))
-            columns = cell_len(piece.text) + 1
-            if line and part != NEWLINE and (line[0].token.trained != token.trained or used + columns > width):
-                yield line
-                line, used = [], 0
-            line.append(piece)
-            used += columns
-            if part == NEWLINE:
-                yield line
-                line, used = [], 0
-    if line:
-        yield line
 
 
 _CUT = "cut at data.max_length: no end token"
@@ -494,12 +465,11 @@ def _print_example(screen: Screen, title: str, view: View, marks: Marks) -> None
     screen.print(paragraph(", ".join(view.facts), style="faint"))
     for warning in view.warnings:
         screen.print(paragraph(f"WARNING: {warning}", style="bad"))
-    width = columns() - len(_GUTTER[True])
     for name, tokens in view.parts.items():
         rank = f" ({view.ranks[name]})" if name in view.ranks else ""
         screen.print(Text(f"{name}{rank}:", "italic"))
-        for line in lines(tokens, width):
-            screen.print(_line(screen, line, marks))
+        for line in _lines(screen, tokens, marks):
+            screen.print(line)
 
 
 def _print_episode(screen: Screen, sampler: EpisodeSampler, row: Example, viewer: Viewer, marks: Marks) -> None:
@@ -515,22 +485,33 @@ def _print_episode(screen: Screen, sampler: EpisodeSampler, row: Example, viewer
     _print_example(screen, title, view._replace(warnings=[*view.warnings, *failed]), marks)
 
 
-def _line(screen: Screen, line: list[Piece], marks: Marks) -> Text:
-    """Print trained tokens on green after a plus sign; without colour, a mark separates two tokens."""
-    colored = _is_colored(screen)
-    trained = line[0].token.trained
-    text = Text(_GUTTER[trained])
-    before = None
-    for piece in line:
-        if not colored and before not in (None, piece.number):
-            text.append(marks.border)
-        before = piece.number
-        shown = marks.newline if piece.text == NEWLINE else piece.text or marks.unfinished
-        style = _STYLES[trained][piece.number % 2] if colored else ""
-        if colored and piece.token.special:
-            style = f"{_SPECIAL_STYLES[trained]} {style.partition(' ')[2]}"
-        text.append(shown, style)
-    return text
+def _lines(screen: Screen, tokens: Sequence[Token], marks: Marks) -> Iterator[Text]:
+    """Lines of whole tokens, each all trained on, which is on green after a plus sign, or all not, cut at newlines.
+
+    Without colour, a mark separates two tokens.
+    """
+    colored, line, of_trained, last = _is_colored(screen), Text(), False, -1
+    for number, token in enumerate(tokens):
+        style = _STYLES[token.trained][number % 2] if colored else ""
+        if colored and token.special:
+            style = f"{_SPECIAL_STYLES[token.trained]} {style.partition(' ')[2]}"
+        for part in re.findall(r"\n|[^\n]+", token.text) or [""]:
+            shown = marks.newline if part == "\n" else printable(part) or marks.unfinished
+            is_full = line.cell_len + cell_len(shown) >= columns()
+            if line and part != "\n" and (token.trained != of_trained or is_full):
+                yield line
+                line = Text()
+            if not line:
+                line, of_trained = Text(_GUTTER[token.trained]), token.trained
+            elif not colored and last != number:
+                line.append(marks.border)
+            line.append(shown, style)
+            last = number
+            if part == "\n":
+                yield line
+                line = Text()
+    if line:
+        yield line
 
 
 def _next_command(config: InspectConfig, args: ParsedArgs) -> str:
