@@ -510,7 +510,7 @@ def _results(records: list[Record]) -> Iterator[dict[str, Any]]:
                 tables.append(point_table(points)._replace(summary=head._replace(text=f"{name} of {head.text}")))
                 bins = calibration_bins(points) if name == "calibration" else []
                 if bins:
-                    label = "; ".join(f"{_percent(b.predicted)} predicted, {_percent(b.right)} right" for b in bins)
+                    label = "; ".join(f"{b.predicted:.0%} predicted, {b.right:.0%} right" for b in bins)
                     calibrations.append((head, label, draw_calibration(bins, number)))
         finals = {number: e.numbers for number, e in columns if e.weights == "final"}
         yield {"title": title, "tables": tables, "calibrations": calibrations, "rounds": _rounds(records, finals)}
@@ -542,10 +542,6 @@ def _rounds(records: list[Record], numbers: Mapping[int, Mapping[str, tuple[floa
     labels = [record.label for record in records]
     text = "; ".join(f"{labels[n]}: score {figure_text(y)} at KL {figure_text(x)}" for n, (x, y) in points.items())
     return text, draw_rounds(points, labels)
-
-
-def _percent(share: float) -> str:
-    return f"{share:.0%}"
 
 
 def _number_cell(values: tuple[float, ...] | None) -> str | Cell:
