@@ -17,10 +17,10 @@ from sheeprlhf.apps.arguments import Flag, flag_entries, number_problems, print_
 from sheeprlhf.apps.chat import TEMPLATE, WEIGHTS
 from sheeprlhf.apps.terminal import Screen, clean, is_number
 from sheeprlhf.config.model_lookup import POLICY, Trained, find_trained
+from sheeprlhf.config.overrides import command
 from sheeprlhf.config.path_checks import data_is_here, is_hub_id, model_folder, new_folder_problems
 from sheeprlhf.config.registry import choices, datasets_of
 from sheeprlhf.config.run_lookup import REPORT_FILE, is_newest, read_run, read_run_config, saved_group
-from sheeprlhf.config.shell import command
 from sheeprlhf.security.json_records import DATA_REPORT, RESULT, load_json
 from sheeprlhf.security.version_guard import check_versions
 from sheeprlhf.structure.data import DocstringsConfig
