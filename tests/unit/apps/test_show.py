@@ -116,7 +116,7 @@ def test_a_command_shows_its_groups_choices_and_options(verb, capsys):
         default = defaults[group]
         assert f"{group}= (default {default})" in printed or default is None
     assert ("task= (must" in printed) == (verb in ("train", "eval"))
-    assert ("optimizer steps, default 100]" in printed) == ("task" in groups(verb) and verb != "eval")
+    assert ("task.eval_interval=100 optimizer steps " in printed) == ("task" in groups(verb) and verb != "eval")
     assert ("auto, packed, padded" in printed) == ("task" in groups(verb))
     assert "--multirun, -m" in printed
 
