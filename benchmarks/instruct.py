@@ -28,7 +28,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf import evaluate, load_policy, load_tokenizer, prepare_data, sample
-from sheeprlhf.task.eval.statistics import interval_of
+from sheeprlhf.task.eval.result import interval_of
 
 ROOT = Path(__file__).parents[1]
 Row = tuple[str, str, str]  # figure, before, after

@@ -85,7 +85,7 @@ class PreferenceConfig(EvalTaskConfig):
 class StepsConfig(EvalTaskConfig):
     """Accuracy of a process reward model on the steps of responses."""
 
-    entry_point: ClassVar[str] = "sheeprlhf.task.eval.steps:evaluate"
+    entry_point: ClassVar[str] = "sheeprlhf.task.eval.preference:evaluate_steps"
     evaluates: ClassVar[tuple[str, ...]] = ("reward model",)
 
     config_name: str = "steps"
@@ -117,7 +117,7 @@ class RewardConfig(ScoredConfig):
 class FrontierConfig(ScoredConfig):
     """Score against KL over the checkpoints of a run, next to the best of n responses of its start."""
 
-    entry_point: ClassVar[str] = "sheeprlhf.task.eval.frontier:evaluate"
+    entry_point: ClassVar[str] = "sheeprlhf.task.eval.reward:evaluate_frontier"
     unread: ClassVar[frozenset[str]] = frozenset({"model_name"})
 
     config_name: str = "frontier"

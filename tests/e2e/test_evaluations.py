@@ -15,9 +15,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.cli import run
-from sheeprlhf.task.eval import frontier, reward
-from sheeprlhf.task.eval.frontier import expected_best
+from sheeprlhf.task.eval import reward
 from sheeprlhf.task.eval.load import kl_of_responses
+from sheeprlhf.task.eval.reward import expected_best
 from tests.support.rewards import letters
 from tests.support.runs import train, write_pairs
 
@@ -272,7 +272,7 @@ def test_the_frontier_has_the_start_every_checkpoint_and_the_best_of_n(
         pools.append(scores_PK)
         return expected_best(scores_PK, n)
 
-    monkeypatch.setattr(frontier, "expected_best", catching)
+    monkeypatch.setattr(reward, "expected_best", catching)
     evaluate("frontier", made.dpo, *LETTERS, "task.best_of=6")
     name = NAME.replace("reward-", "frontier-", 1)
     points = {point["what"]: point for point in result_of(made.dpo, f"{name}-all")["points"]}

@@ -20,8 +20,7 @@ from sheeprlhf.engine.shard import equal_passes, place
 from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.load import Evaluation
-from sheeprlhf.task.eval.result import draw_histogram, save_result
-from sheeprlhf.task.eval.statistics import resampled
+from sheeprlhf.task.eval.result import draw_histogram, resampled, save_result
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode

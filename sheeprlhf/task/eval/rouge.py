@@ -25,8 +25,7 @@ from sheeprlhf.data.report import check_prompts
 from sheeprlhf.structure.evaluation import RougeConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.load import Evaluation, answer_split
-from sheeprlhf.task.eval.result import draw_bars, records_of, save_result
-from sheeprlhf.task.eval.statistics import mean_and_interval
+from sheeprlhf.task.eval.result import draw_bars, mean_and_interval, records_of, save_result
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.lightning import Fabric
 

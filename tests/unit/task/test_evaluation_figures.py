@@ -17,12 +17,9 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from sheeprlhf.data.example import Example
 from sheeprlhf.rollout.rollout import Rollout
-from sheeprlhf.task.eval.frontier import expected_best
 from sheeprlhf.task.eval.load import Answers, kl_of_responses
 from sheeprlhf.task.eval.preference import accuracy_by_subset, pairs_of_rows
-from sheeprlhf.task.eval.reward import RewardModelAccuracy
-from sheeprlhf.task.eval.rouge import ROUGE_TYPES, Rouge
-from sheeprlhf.task.eval.statistics import (
+from sheeprlhf.task.eval.result import (
     calibration,
     calibration_error,
     correlation,
@@ -32,6 +29,8 @@ from sheeprlhf.task.eval.statistics import (
     resampled,
     standard_error,
 )
+from sheeprlhf.task.eval.reward import RewardModelAccuracy, expected_best
+from sheeprlhf.task.eval.rouge import ROUGE_TYPES, Rouge
 
 RNG = np.random.default_rng(0)
 

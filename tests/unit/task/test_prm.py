@@ -24,7 +24,7 @@ from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.rollout import PPOConfig
 from sheeprlhf.structure.run import FabricConfig
-from sheeprlhf.task.eval.steps import step_figures
+from sheeprlhf.task.eval.preference import step_figures
 from sheeprlhf.task.train.prm import prm_loss
 from tests.support.models import BOS, EOS, byte_tokenizer, make_model_folder
 from tests.support.runs import exit_code, figures, train, train_words, write_steps
