@@ -15,8 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from os.path import commonprefix
 from typing import Any, NamedTuple, TypeVar
 
-from sheeprlhf.data.example import PreferenceExample
-from sheeprlhf.data.rows import SPELLINGS, DropRowError, MissingColumnError, TemplatedExample, number, printable, text
+from sheeprlhf.data.rows import (
+    SPELLINGS,
+    DropRowError,
+    MissingColumnError,
+    PreferenceExample,
+    TemplatedExample,
+    number,
+    printable,
+    text,
+)
 from sheeprlhf.utils.chat_templates import check_has_template
 from sheeprlhf.utils.end_tokens import end_texts, first_end
 from sheeprlhf.utils.errors import DataError

@@ -20,22 +20,6 @@ from torch import Tensor
 from sheeprlhf.utils.errors import DataError
 
 
-class PreferenceExample(NamedTuple):
-    """One row as text. `response` is what supervised fine-tuning learns; the pair is what preference tasks learn."""
-
-    prompt: str  # what is answered
-    response: str | None = None  # an answer to learn
-    chosen: str | None = None  # the better answer of a pair
-    rejected: str | None = None  # the worse one
-    ranked: tuple[str, ...] | None = None  # instead of a pair, two or more answers, best first
-    margin: float = 0.0  # how much better the chosen answer is, in units of a reward model's score
-    label: Any = None  # whether `response` is desirable, by the row's column; for tasks of unpaired data only
-    unused: tuple[str, ...] = ()  # names of the parts of the row that nothing reads
-    untrained: int = 0  # answers of earlier turns, which are part of the prompt
-    turns: tuple[str, ...] = ()  # of a conversation, behind `response`: text and an answer to learn, in turn
-    steps: tuple[str, ...] = ()  # of a response; `label` has for each of them if it is right
-
-
 class Example(NamedTuple):
     """One row as token ids."""
 

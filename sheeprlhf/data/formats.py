@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from sheeprlhf.data.conversation import ConversationExample, has_messages, margin_of, read_conversation
-from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.data.rows import (
     CONVERSATION_EXTRAS,
     STEPS,
     MissingColumnError,
+    PreferenceExample,
     best_first,
     has_value,
     is_desirable,

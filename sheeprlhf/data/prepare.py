@@ -13,7 +13,6 @@ import json
 import re
 import signal
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -46,6 +45,7 @@ from sheeprlhf.data.report import (
     why_none_left,
 )
 from sheeprlhf.data.rows import STEPS
+from sheeprlhf.data.sampler import in_order
 from sheeprlhf.data.source import download, progress_bar, release
 from sheeprlhf.data.store import SplitWriter, TokenizedSplit
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
@@ -401,15 +401,13 @@ def _tokenized(tokenize: RowTokenizer, batches: Iterator[list[Row]], num_proc: i
     with signals_held_back():
         stop = context.Event()  # starts a process that keeps account of such things
     pool = ProcessPoolExecutor(num_proc, context, start_bound, (BoundToThis(), _start_worker, tokenize, stop))
+
+    def submit(batch: list[Row]) -> Future[list[TokenRow]]:
+        with signals_held_back():
+            return pool.submit(_work, batch)
+
     try:
-        waiting: deque[Future[list[TokenRow]]] = deque()
-        for batch in batches:
-            with signals_held_back():
-                waiting.append(pool.submit(_work, batch))
-            if len(waiting) > 2 * num_proc:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from in_order(map(submit, batches), 2 * num_proc)
     finally:
         stop.set()  # killed in the middle of an answer, a process would leave the pool waiting for the rest of it
         pool.shutdown(cancel_futures=True)

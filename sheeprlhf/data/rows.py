@@ -1,4 +1,4 @@
-"""Columns of a row: read texts, numbers and labels, report unusable rows, and keep columns for reward functions."""
+"""A row's columns: read texts, numbers and labels, report unusable rows, and keep columns for reward functions."""
 
 import base64
 import difflib
@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
-from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.utils.errors import DataError
 
 COLUMNS = ("prompt", "response", "chosen", "rejected", "responses", "margin", "messages", "label")  # all that are read
@@ -53,6 +52,23 @@ class DropRowError(Exception):
 
 class MissingColumnError(DataError):
     """The row lacks a column; code that knows the file's other columns adds the probable one."""
+
+
+class PreferenceExample(NamedTuple):
+    """One row as text. `response` is what supervised fine-tuning learns; the pair is what preference tasks learn."""
+
+    prompt: str  # what is answered
+    response: str | None = None  # an answer to learn
+    chosen: str | None = None  # the better answer of a pair
+    rejected: str | None = None  # the worse one
+    ranked: tuple[str, ...] | None = None  # instead of a pair, two or more answers, best first
+    margin: float = 0.0  # how much better the chosen answer is, in units of a reward model's score
+    label: Any = None  # whether `response` is desirable, by the row's column; for tasks of unpaired data only
+    unused: tuple[str, ...] = ()  # names of the parts of the row that nothing reads
+    untrained: int = 0  # answers of earlier turns, which are part of the prompt
+    turns: tuple[str, ...] = ()  # of a conversation, behind `response`: text and an answer to learn, in turn
+    steps: tuple[str, ...] = ()  # of a response; `label` has for each of them if it is right
+    raw: "PreferenceExample | None" = None  # before reasoning was removed and before the chat template
 
 
 class TemplatedExample(PreferenceExample):

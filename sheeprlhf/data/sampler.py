@@ -149,14 +149,19 @@ def load_ahead(load: Callable[[T], R], items: Iterable[T], workers: int) -> Iter
     if workers == 0:
         yield from map(load, items)
         return
-    waiting: deque[Future[R]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="load-ahead")
     try:
-        for item in items:
-            waiting.append(pool.submit(load, item))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from in_order((pool.submit(load, item) for item in items), 2 * workers)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def in_order(futures: Iterable[Future[R]], ahead: int) -> Iterator[R]:
+    """The results of futures in their order; at most `ahead` more are submitted than are asked for."""
+    waiting: deque[Future[R]] = deque()
+    for future in futures:
+        waiting.append(future)
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -35,6 +35,7 @@ from sheeprlhf.config.path_checks import (
     split_of_name,
     unread_files,
 )
+from sheeprlhf.data.rows import printable
 from sheeprlhf.structure.data import DataConfig, HubDataConfig, LayoutDataConfig, LocalDataConfig
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.home import EMBEDDED, embedded_folder, expand_home, why_offline
@@ -210,8 +211,6 @@ def _subset(folder: Path, subset: str | None) -> tuple[str, dict[str, list[str]]
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
 
-    from sheeprlhf.data.rows import printable  # imports torch
-
     try:
         text = read_small(real_file(folder / CARD, folder), MAX_CARD).decode() if (folder / CARD).exists() else ""
         text = text if text.lstrip().startswith("---") else "---\n---\n"  # the library warns of cards without settings
@@ -242,7 +241,7 @@ def _inside(folder: Path, files: Files) -> Files:
 
 def content_hash(files: Files, part: Part = WHOLE, *, progress: bool = False) -> str:
     """SHA-256 over splits and the bytes of their files, of training files those of `part`. Raises DataError."""
-    from sheeprlhf.data.read import part_bytes  # imports torch
+    from sheeprlhf.data.read import part_bytes  # imports this module
 
     total = hashlib.sha256(b"" if part == WHOLE else repr(part).encode())
     size = sum(file.stat().st_size for split in files.values() for file in split)
@@ -281,8 +280,6 @@ def left_out_note(cfg: DataConfig, files: Files) -> str | None:
     if isinstance(cfg, LocalDataConfig):
         left = [file for value in (cfg.train_file, cfg.validation_file, cfg.test_file) for file in unread_files(value)]
     elif isinstance(cfg, HubDataConfig):
-        from sheeprlhf.data.rows import printable  # imports torch
-
         splits = splits_of_subset(_folder(cfg, cached=True), cfg.subset)
         left_splits = [split for split, of_split in splits.items() if not read.issuperset(of_split)]
         return f"splits that are not read: {printable(left_splits)}; data.split chooses one" if left_splits else None

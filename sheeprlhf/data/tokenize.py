@@ -28,12 +28,13 @@ from sheeprlhf.data.conversation import (
     remove_reasoning,
     render_example,
 )
-from sheeprlhf.data.example import Example, PreferenceExample
+from sheeprlhf.data.example import Example
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.rows import (
     STEPS,
     DropRowError,
     MissingColumnError,
+    PreferenceExample,
     TemplatedExample,
     column_advice,
     encode_columns,
@@ -249,29 +250,21 @@ class TokenRow(NamedTuple):
     detail: str = ""  # of a row that is left out, its place and what is said of it
 
 
-class _Identified(NamedTuple):
-    """An example, and what identifies it whatever the chat template writes."""
-
-    raw: PreferenceExample
-    example: PreferenceExample
-
-
 class _Pieces(NamedTuple):
     """The texts of a row that is worth tokenising."""
 
     row: Row
     shares: tuple[float, float]
     same: tuple[Any, ...]  # what equal rows have in common, before a chat template
-    prompt: str
-    responses: tuple[str, ...]
-    turns: tuple[str, ...]  # as `PreferenceExample.turns`
-    templated: bool
-    margin: float
-    desirable: tuple[bool, ...]
-    unused: tuple[str, ...]
-    untrained: int
+    example: PreferenceExample
+    responses: tuple[str, ...]  # those of the example that the task learns from, best first
+    desirable: tuple[bool, ...]  # of each response of unpaired data
     is_further: bool = False
-    labels: tuple[bool, ...] = ()  # of steps
+
+    @property
+    def templated(self) -> bool:
+        """True if the row went through the chat template."""
+        return isinstance(self.example, TemplatedExample)
 
     def dropped(self, reason: str) -> TokenRow:
         """The row, dropped."""
@@ -326,7 +319,7 @@ class RowTokenizer:
         encoded: dict[bool, Iterator[EncodedPair]] = {}
         for templated in (False, True):
             of = [piece for piece in kept if piece.templated is templated]
-            texts = [piece.prompt for piece in of], [piece.responses for piece in of]
+            texts = [piece.example.prompt for piece in of], [piece.responses for piece in of]
             encoded[templated] = iter(self._encode(*texts, control_tokens=templated or self._control_tokens))
         made: list[TokenRow] = []
         for p in formatted:
@@ -344,13 +337,14 @@ class RowTokenizer:
             if not examples:
                 return [TokenRow(row.number, nowhere, "not_wanted")]
             first = examples[0]
-            is_text = self._is_text(first.example) and first.example.response is not None
-            shares = split_shares(self.cfg.split_seed, str(first.example.response) if is_text else first.raw.prompt)
+            is_text = self._is_text(first) and first.response is not None
+            shared = str(first.response) if is_text else (first.raw or first).prompt
+            shares = split_shares(self.cfg.split_seed, shared)
             if shares in self.divided:
                 known = {name: value for name, value in row.values.items() if value is not None}
                 shares = split_shares(self.cfg.split_seed, json.dumps(known, sort_keys=True, default=str))
             made = [self._texts(row, example, shares) for example in examples]
-            return [made[0], *(one._replace(is_further=True, unused=()) for one in made[1:])]
+            return [made[0], *(_as_further(one) for one in made[1:])]
         except DropRowError as reason:
             return [TokenRow(row.number, nowhere, str(reason), detail=row.place)]
         except RefusedByTemplateError as error:
@@ -361,19 +355,17 @@ class RowTokenizer:
         except DataError as error:
             raise DataError(f"{row.place}: {error}") from None
 
-    def _examples(self, row: Row) -> list[_Identified]:
+    def _examples(self, row: Row) -> list[PreferenceExample]:
         """The examples of a row: one, or none if it is not wanted, or one for each answer of a conversation."""
         example = self.format_row(row.values, self.tokenizer)
         pattern = self._reasoning
         removes = self.cfg.reasoning == "remove"
+        if example is None:
+            return []
         if not isinstance(example, ConversationExample):
-            return (
-                []
-                if example is None
-                else [_Identified(example, remove_reasoning(example, pattern) if removes else example)]
-            )
+            return [remove_reasoning(example, pattern)._replace(raw=example) if removes else example]
         several = self.kind == "sft" and self.cfg.train_on != "last"
-        identified = []
+        rendered: list[PreferenceExample] = []
         for one in each_answer(example, marked=self.cfg.train_on == "weights") if several else [example]:
             text = render_example(
                 remove_reasoning(one, pattern) if removes else one,
@@ -381,46 +373,34 @@ class RowTokenizer:
                 self.cfg.template_args,
                 masked=pattern if self.cfg.reasoning == "mask" else None,
             )
-            identified.append(_Identified(raw_example(one), text))
+            rendered.append(text._replace(raw=raw_example(one)))
         if not several:
-            return identified
+            return rendered
         answers = [one for one in (*example.context, example.response) if one is not None and is_answer(one)]
         unmarked = sum(is_trained(one) is None for one in answers) if self.cfg.train_on == "weights" else 0
         return [
-            one._replace(example=one.example._replace(untrained=0 if number else unmarked))
-            for number, one in enumerate(_join_answers(identified, self._end_texts))
+            one._replace(untrained=0 if number else unmarked)
+            for number, one in enumerate(_join_answers(rendered, self._end_texts))
         ]
 
     def _is_text(self, example: PreferenceExample) -> bool:
         """True if an example is a text without a prompt, which the task learns as a whole."""
         return self._learns_texts and example.prompt == "" and not isinstance(example, TemplatedExample)
 
-    def _texts(self, row: Row, identified: _Identified, shares: tuple[float, float]) -> _Pieces | TokenRow:
+    def _texts(self, row: Row, example: PreferenceExample, shares: tuple[float, float]) -> _Pieces | TokenRow:
         """The texts of an example that is worth tokenising."""
-        raw, example = identified
         responses, desirable = self._responses(example)
-        raw_responses, _ = self._responses(raw)
-        rewards = (reward_of(example),) if self.kind == "rewarded" else ()
+        raw = example.raw or example
+        same = (raw.prompt, self._responses(raw)[0], *desirable)
+        if self.kind == "rewarded":
+            example = example._replace(margin=reward_of(example))
+            same = (*same, example.margin)
+        pieces = _Pieces(row, shares, same, example, responses, desirable)
         if not example.prompt.strip() and not self._is_text(example):
-            return TokenRow(row.number, shares, "empty_prompt", detail=row.place)
+            return pieces.dropped("empty_prompt")
         if not all(response.strip() for response in responses):
-            return TokenRow(row.number, shares, "empty_response", detail=row.place)
-        if self._same(responses):
-            return TokenRow(row.number, shares, "same_responses", detail=row.place)
-        return _Pieces(
-            row=row,
-            shares=shares,
-            same=(raw.prompt, raw_responses, *desirable, *rewards),
-            prompt=example.prompt,
-            responses=responses,
-            turns=example.turns,
-            templated=isinstance(example, TemplatedExample),
-            margin=rewards[0] if rewards else example.margin,
-            desirable=desirable,
-            unused=example.unused,
-            untrained=example.untrained if self.kind == "sft" else 0,
-            labels=example.label if self.kind == "stepwise" else (),
-        )
+            return pieces.dropped("empty_response")
+        return pieces.dropped("same_responses") if self._same(responses) else pieces
 
     def _responses(self, example: PreferenceExample) -> tuple[tuple[str, ...], tuple[bool, ...]]:
         """The responses that a task of this kind learns from, best first, and which are desirable (unpaired)."""
@@ -450,9 +430,10 @@ class RowTokenizer:
 
     def _finish_all(self, pieces: _Pieces, ids: EncodedPair) -> list[TokenRow]:
         """The row of an example; that of a conversation is divided at its answers if it is too long."""
-        if not pieces.turns:
+        example = pieces.example
+        if not example.turns:
             return [self._finish(pieces, ids)]
-        texts = [*pieces.responses, *pieces.turns]
+        texts = [*pieces.responses, *example.turns]
         behind = self._encode(texts[:-1], [[text] for text in texts[1:]], control_tokens=True)
         parts = [*ids.responses, *(pair.responses[0] for pair in behind)]
         mismatch = ids.mismatch or ("response" if any(pair.mismatch == "response" for pair in behind) else "")
@@ -464,27 +445,27 @@ class RowTokenizer:
         rows = []
         for number in range(0, len(parts), 2):
             before = [token for part in (ids.prompt, *parts[:number]) for token in part]
+            own = example._replace(prompt=example.prompt + "".join(texts[:number]), turns=())
+            if number:
+                own = own._replace(unused=(), untrained=0)
             one = pieces._replace(
-                prompt=pieces.prompt + "".join(texts[:number]),
+                example=own,
                 responses=(texts[number],),
-                turns=(),
                 same=(*pieces.same, number),
                 is_further=pieces.is_further or number > 0,
-                unused=() if number else pieces.unused,
-                untrained=0 if number else pieces.untrained,
             )
             rows.append(self._finish(one, EncodedPair(before, [parts[number]], mismatch)))
         return rows
 
     def _finish(self, pieces: _Pieces, ids: EncodedPair, turns: tuple[int, ...] = ()) -> TokenRow:
         """Add BOS (a chat template writes its own) and the end token, cut or drop; `turns`: sizes of response parts."""
-        row, shares = pieces.row, pieces.shares
+        row, shares, example = pieces.row, pieces.shares, pieces.example
         prompt, responses, mismatch = ids
         ends = [self.ids.eos] * len(responses)
         rendered = pieces.templated or self._control_tokens
-        if not prompt and pieces.prompt:
+        if not prompt and example.prompt:
             return pieces.dropped("empty_prompt")
-        if not pieces.prompt:  # a text: behind one token that begins it, all of its tokens are learned
+        if not example.prompt:  # a text: behind one token that begins it, all of its tokens are learned
             prompt = self.ids.bos or [self.ids.eos]
             if rendered and self.ids.bos:
                 responses = [r[len(prompt) :] if self._begins_with_bos(r) else r for r in responses]
@@ -497,7 +478,7 @@ class RowTokenizer:
         if not all(responses):
             return pieces.dropped("empty_response")
         ended = [[*r, end] for r, end in zip(responses, ends, strict=True)]
-        splits = not pieces.prompt and self.cfg.on_overflow == "truncate_prompt"  # into parts, by _parts
+        splits = not example.prompt and self.cfg.on_overflow == "truncate_prompt"  # into parts, by _parts
         prompt, cut_responses, cut = (prompt, ended, ()) if splits else self._fit(prompt, ended, row.place)
         if cut and self.cfg.on_overflow == "drop":
             return pieces.dropped("too_long")
@@ -511,7 +492,7 @@ class RowTokenizer:
         masks = self._masks(pieces, prompt, cut_responses, turns)
         kept: Mapping[str, Any] | None = row.kept
         if self.kind == "stepwise":
-            labels = self._labels_of_steps(pieces.labels, masks[0], cut=not all(with_eos))
+            labels = self._labels_of_steps(example.label, masks[0], cut=not all(with_eos))
             if not labels:
                 return pieces.dropped("no_room_for_response" if cut else "steps_without_border")
             kept = {STEPS[1]: labels}
@@ -521,7 +502,7 @@ class RowTokenizer:
             columns = encode_columns(kept) if kept else ""
         except DataError as error:
             raise DataError(f"{row.place}: {error}") from None
-        texts = (pieces.prompt, *pieces.responses)
+        texts = (example.prompt, *pieces.responses)
         same = (*pieces.same, *([columns] if columns else []))
         special = not rendered and any(special in text for text in texts for special in self.ids.texts)
         return TokenRow(
@@ -533,13 +514,13 @@ class RowTokenizer:
             cut=cut,
             special_text=special,
             num_eos=sum(with_eos),
-            margin=pieces.margin,
+            margin=example.margin,
             desirable=pieces.desirable,
             templated=pieces.templated,
-            is_text=not pieces.prompt,
+            is_text=not example.prompt,
             mismatch=mismatch,
-            unused=pieces.unused,
-            untrained=pieces.untrained,
+            unused=example.unused,
+            untrained=example.untrained if self.kind == "sft" else 0,
             is_further=pieces.is_further,
             num_joined=len(turns) // 2,
             trained=np.concatenate(masks) if masks else None,
@@ -559,7 +540,7 @@ class RowTokenizer:
             return masks
         for mask, text, ids in zip(masks, pieces.responses, responses, strict=True):
             starts = np.cumsum([0, *turns])[::2].tolist()
-            for start, answer in zip(starts, (text, *pieces.turns[1::2]), strict=False):
+            for start, answer in zip(starts, (text, *pieces.example.turns[1::2]), strict=False):
                 before, own = [*prompt, *ids[:start]], ids[start:]
                 for first, last in (block.span() for block in self._reasoning.finditer(answer)):
                     begin = token_index(self.tokenizer, before, own, first)
@@ -627,18 +608,26 @@ class RowTokenizer:
         return prompt, responses, tuple(cut)
 
 
-def _join_answers(answers: Sequence[_Identified], ends: tuple[str, ...]) -> list[_Identified]:
+def _as_further(row: _Pieces | TokenRow) -> _Pieces | TokenRow:
+    """A row with another answer than the first of its source row, which alone tells what nothing reads."""
+    if isinstance(row, TokenRow):
+        return row._replace(is_further=True)
+    return row._replace(is_further=True, example=row.example._replace(unused=()))
+
+
+def _join_answers(answers: Sequence[PreferenceExample], ends: tuple[str, ...]) -> list[PreferenceExample]:
     """One example for answers in the same text: each prompt begins with all before, which end with one of `ends`."""
-    joined: list[_Identified] = []
+    joined: list[PreferenceExample] = []
     for one in answers:
         if joined:
-            raw, example = joined[-1]
+            example = joined[-1]
             texts = (str(example.response), *example.turns)
             written = example.prompt + "".join(texts)
-            if one.example.prompt.startswith(written) and texts[-1].endswith(ends):
-                turns = (*example.turns, one.example.prompt[len(written) :], str(one.example.response))
-                raw = raw._replace(response=f"{raw.response}{one.raw.prompt}{one.raw.response}")
-                joined[-1] = _Identified(raw, example._replace(turns=turns))
+            if one.prompt.startswith(written) and texts[-1].endswith(ends):
+                assert example.raw is not None and one.raw is not None
+                turns = (*example.turns, one.prompt[len(written) :], str(one.response))
+                raw = example.raw._replace(response=f"{example.raw.response}{one.raw.prompt}{one.raw.response}")
+                joined[-1] = example._replace(turns=turns, raw=raw)
                 continue
         joined.append(one)
     return joined
