@@ -3,13 +3,13 @@
 import base64
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
+
+from tests.support.loopback import Handler, Server, running
 
 COMMIT = "c" * 40
 
@@ -21,44 +21,8 @@ class Hub(NamedTuple):
     asked: list[str]
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """Answer every method by `answer`, and print nothing."""
-
+class _Handler(Handler):
     protocol_version = "HTTP/1.1"
-
-    def answer(self) -> None:
-        raise NotImplementedError
-
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    do_GET = do_POST = do_PUT = do_HEAD
-
-    def log_message(self, *_: object) -> None:
-        """Nothing is printed."""
-
-    def send(self, content: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        """Send bytes as they are, anything else as JSON."""
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-
-@contextmanager
-def _running(handler: type[_Handler]) -> Iterator[str]:
-    """Serve on the loopback interface, and give the address."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 @contextmanager
@@ -70,8 +34,8 @@ def serve(repositories: dict[str, Path]) -> Iterator[Hub]:
     """
     asked: list[str] = []
 
-    class Handler(_Handler):
-        def answer(self) -> None:
+    class Folders(_Handler):
+        def answer(self, body: bytes) -> None:
             path = unquote(urlsplit(self.path).path).strip("/")
             asked.append(path)
             for name, folder in repositories.items():
@@ -95,8 +59,8 @@ def serve(repositories: dict[str, Path]) -> Iterator[Hub]:
             oid = hashlib.sha1(file.read_bytes(), usedforsecurity=False).hexdigest()
             return {"type": "file", "path": str(file.relative_to(folder)), "size": file.stat().st_size, "oid": oid}
 
-    with _running(Handler) as address:
-        yield Hub(address, asked)
+    with running(Server(Folders)) as server:
+        yield Hub(server.url, asked)
 
 
 class UploadHub(NamedTuple):
@@ -123,11 +87,10 @@ def serve_uploads(token: str) -> Iterator[UploadHub]:
     large: dict[str, bytes] = {}
     asked: list[str] = []
 
-    class Handler(_Handler):
-        def answer(self) -> None:
+    class Uploads(_Handler):
+        def answer(self, body: bytes) -> None:
             path = unquote(urlsplit(self.path).path).strip("/")
             asked.append(f"{self.command} {path}")
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             if path.startswith("large/"):  # signed addresses, without a token
                 large[path.removeprefix("large/")] = body
                 return self.send({})
@@ -174,5 +137,5 @@ def serve_uploads(token: str) -> Iterator[UploadHub]:
         def mode(self, path: str) -> str:
             return "lfs" if path.endswith(".safetensors") else "regular"
 
-    with _running(Handler) as address:
-        yield UploadHub(address, repositories, files, asked)
+    with running(Server(Uploads)) as server:
+        yield UploadHub(server.url, repositories, files, asked)

@@ -7,7 +7,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +14,8 @@ from urllib.parse import urlsplit
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.loopback import Handler, Server, running
 
 Fault = Callable[[str, int], int | str | None]  # path and number of the request -> status, "close", "hang" or None
 
@@ -26,7 +27,7 @@ def _load(folder: Path | str) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-class VLLMServer(ThreadingHTTPServer):
+class VLLMServer(Server):
     """Begins with the model of a folder.
 
     Attributes:
@@ -39,10 +40,8 @@ class VLLMServer(ThreadingHTTPServer):
         nccl: with it the server receives weights by NCCL.
     """
 
-    daemon_threads = True
-
     def __init__(self, folder: Path, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), _Handler)
+        super().__init__(_Handler, port)
         self.folder, self.lock, self.released = folder, threading.RLock(), threading.Event()
         self.requests: list[str] = []
         self.fault: Fault = lambda path, number: None
@@ -50,7 +49,6 @@ class VLLMServer(ThreadingHTTPServer):
         self.root = tempfile.TemporaryDirectory()
         self.longest = 10**6
         self.nccl: FakeNCCL | None = None
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.restart()
 
     def restart(self) -> None:
@@ -176,37 +174,24 @@ class FakeNCCL:
     all_reduce = broadcast
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     server: VLLMServer
 
-    def do_GET(self) -> None:
-        self._answer({})
-
-    def do_POST(self) -> None:
-        self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}"))
-
-    def _answer(self, body: dict[str, Any]) -> None:
-        server, path = self.server, urlsplit(self.path).path
+    def answer(self, body: bytes) -> None:
+        server, path, asked = self.server, urlsplit(self.path).path, json.loads(body or b"{}")
         with server.lock:
             server.requests.append(path)
             number = server.requests.count(path)
         fault = server.fault(path, number)
         if path in TRANSFER and fault is None:
-            fault = server.transfer(path, body)
+            fault = server.transfer(path, asked)
         if fault == "hang":
             server.released.wait(30)
         if fault in ("hang", "close"):
             self.close_connection = True
             return
-        status, content = (fault, {"error": "made up"}) if isinstance(fault, int) else self._route(path, body)
-        data = json.dumps(content).encode()
-        try:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-        except OSError:  # the client has left
-            pass
+        status, content = (fault, {"error": "made up"}) if isinstance(fault, int) else self._route(path, asked)
+        self.send(content, status)
 
     def _route(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         server = self.server
@@ -245,21 +230,12 @@ class _Handler(BaseHTTPRequestHandler):
                 return 404, {"error": path}
         return 200, {}
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @contextmanager
 def vllm_server(folder: Path, port: int = 0) -> Iterator[VLLMServer]:
     """Serve until the block ends."""
-    server = VLLMServer(folder, port)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.released.set()
-        server.shutdown()
-        server.server_close()
-        server.root.cleanup()
-        thread.join()
+    with running(VLLMServer(folder, port)) as server, server.root:
+        try:
+            yield server
+        finally:
+            server.released.set()
