@@ -83,6 +83,9 @@ WORDS = [
     f"run_name={COMMAND_LINE}",
     "+hf_token=canary-canary",
     "+model.api_key=canary-canary",
+    "data.password=canary-canary",
+    "hydra.job.env_set.HF_TOKEN=canary-canary",
+    "my_token=canary canary",
     "data.dataset_name=https://me:canary-canary@host/x",
     "root_dir=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",
     "data.revision=AKIACANARYCANARY1234",
@@ -95,6 +98,7 @@ WORDS = [
 def test_a_secret_on_the_command_line_is_refused_by_name(canaries: Path, capsys) -> None:
     assert exit_code(["train", "task=sft", *WORDS]) == 2
     printed = capsys.readouterr()
+    assert "HF_TOKEN" in printed.err
     message = [line for line in printed.err.splitlines() if "credential" in line]
     for word in WORDS:
         assert sum(word.partition("=")[0].lstrip("+") in line for line in message) == 1, word

@@ -420,30 +420,6 @@ def test_a_bad_command_line_says_what_to_do(line, expected, asker):
     assert answer.seconds < 3  # of CPU: about 0.2
 
 
-@pytest.mark.parametrize(
-    ("word", "secret"),
-    [
-        ("hf_token=verysecretvalue", "verysecretvalue"),
-        ("+model.api_key=verysecretvalue", "verysecretvalue"),
-        ("data.password=verysecretvalue", "verysecretvalue"),
-        ("hydra.job.env_set.HF_TOKEN=verysecretvalue", "verysecretvalue"),
-        ("run_name=hf_abcdefghijklmnopqrstuvwxyzABCDEFGH", "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"),
-        ("data.dataset_name='https://me:verysecretvalue@host/data'", "verysecretvalue"),
-        ("verysecretvalue_token=a b", "a b"),
-    ],
-)
-def test_a_secret_on_the_command_line_is_refused_by_name_and_never_repeated(
-    word, secret, capsys, monkeypatch, tmp_path
-):
-    monkeypatch.chdir(tmp_path)
-    assert exit_code(["train", "task=sft", word]) == 2
-    printed = capsys.readouterr()
-    assert word.split("=")[0].lstrip("+") in printed.err
-    assert "HF_TOKEN" in printed.err
-    assert secret not in printed.err + printed.out
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("line", ["train --hf-token verysecret", "train --api_key=verysecret", "hf_token=verysecret"])
 def test_a_secret_written_as_a_flag_is_not_repeated(line, capsys):
     assert exit_code(line) == 2
