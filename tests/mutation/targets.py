@@ -86,6 +86,12 @@ EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reas
             "torch.clamp(values_N, old_N - clip, old_N + clip) -> torch.clamp(old_N - clip, values_N, old_N + clip)",
         )
     },
+    "sheeprlhf.loss.reward.plackett_luce": {
+        "the gradients of the largest score cancel": (
+            "scores_S.detach() -> scores_S",
+            "scores_S.detach() -> scores_S #2",
+        )
+    },
     "sheeprlhf.loss.reward.reward_loss": {
         "both are subtracted": (
             "bradley_terry(last_scores(chosen), last_scores(rejected), margin_P)"

@@ -9,12 +9,15 @@ from torch.testing import assert_close
 from sheeprlhf.loss.reward import (
     LOSS_TYPES,
     Scores,
+    accuracies,
     bradley_terry,
     by_response,
     centering,
+    combine_steps,
     last_scores,
     plackett_luce,
     reward_loss,
+    step_losses,
 )
 
 PAIR = torch.tensor([[0, 1]])
@@ -110,8 +113,27 @@ def test_plackett_luce_by_hand_and_of_two() -> None:
     better = 1 / (1 + math.exp(-2.0))
     first = math.e / denominators[0] - 1
     assert_close(scores.grad[[0, 3, 4]].tolist(), [first, -better, better], rtol=0, atol=1e-12)
+    assert plackett_luce(torch.tensor([0.0, 1000.0]), PAIR).tolist() == [1000.0, 0.0]
 
 
-def test_an_unknown_loss_is_refused() -> None:
+def test_steps_by_hand() -> None:
+    values, labels = torch.tensor([0.5, -2.0, 3.0, 0.1]), torch.tensor([True, False, False, True])
+    expected = torch.nn.functional.cross_entropy(  # of two classes, as in a token classification
+        torch.stack([torch.zeros(4), values], dim=1), labels.long(), reduction="none"
+    )
+    assert_close(step_losses(values, labels), expected, rtol=0, atol=1e-6)
+    good = values.double().sigmoid()
+    for how, first in (("min", good[1]), ("product", good[:3].prod()), ("last", good[2])):
+        found = combine_steps(values, torch.tensor([3, 1]), how)
+        assert_close(found, torch.stack([first, good[3]]), rtol=0, atol=1e-12)
+
+
+def test_equal_scores_are_half_right() -> None:
+    assert accuracies(torch.tensor([2.0, 0.0, -1.0, 1.0])).tolist() == [1.0, 0.5, 0.0, 1.0]
+
+
+def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="'mean'"):
         reward_loss(scores([[1.0], [2.0]], [[1], [2]]), PAIR, "mean")
+    with pytest.raises(ValueError, match="'mean'"):
+        combine_steps(torch.zeros(1), torch.tensor([1]), "mean")

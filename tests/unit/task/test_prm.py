@@ -16,7 +16,6 @@ from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.tokenize import RowTokenizer, StepFinder, TokenRow
 from sheeprlhf.engine.fabric import make_fabric
-from sheeprlhf.loss.reward import combine_steps, step_losses
 from sheeprlhf.model.attention import PACKED, register
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.rollout.rollout import Rollout, response_scores
@@ -78,20 +77,6 @@ def test_steps_of_a_sampled_text(text: str, ends: list[int]) -> None:
     assert np.flatnonzero(find(PROMPT, ids(text, end=False))).tolist() == ends
     with_end = np.flatnonzero(find(PROMPT, ids(text))).tolist()
     assert with_end == [*ends[:-1], len(text)]
-
-
-def test_loss_and_scores_by_hand() -> None:
-    scores, labels = torch.tensor([0.5, -2.0, 3.0, 0.1]), torch.tensor([True, False, False, True])
-    expected = torch.nn.functional.cross_entropy(  # of two classes, as in a token classification
-        torch.stack([torch.zeros(4), scores], dim=1), labels.long(), reduction="none"
-    )
-    assert_close(step_losses(scores, labels), expected, rtol=0, atol=1e-6)
-    good = scores.double().sigmoid()
-    steps = torch.tensor([3, 1])
-    found = {how: combine_steps(scores, steps, how).tolist() for how in ("min", "product", "last")}
-    assert found["min"] == pytest.approx([float(good[1]), float(good[3])], abs=1e-12)
-    assert found["product"] == pytest.approx([float(good[:3].prod()), float(good[3])], abs=1e-12)
-    assert found["last"] == pytest.approx([float(good[2]), float(good[3])], abs=1e-12)
 
 
 def plain_scores(folder: Path, prompt: list[int], response: list[int]) -> torch.Tensor:
