@@ -3,6 +3,7 @@
 TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.loss.advantage": ("tests/unit/loss/test_advantage.py",),
     "sheeprlhf.loss.dpo": ("tests/unit/loss/test_dpo.py",),
+    "sheeprlhf.loss.ilql": ("tests/unit/task/test_ilql.py",),
     "sheeprlhf.loss.ppo": ("tests/unit/loss/test_ppo.py", "tests/unit/task/test_group_losses.py"),
     "sheeprlhf.loss.reward": ("tests/unit/loss/test_reward.py",),
     "sheeprlhf.loss.sft": ("tests/unit/loss/test_sft.py",),
