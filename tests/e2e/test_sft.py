@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -83,22 +82,6 @@ def test_perplexity_equals_a_plain_loop_for_any_batching(tmp_path: Path, model_f
         rtol=0,
         atol=1e-6,
     )
-
-
-def test_lora_run_loads_in_peft_with_the_same_logits(tmp_path: Path, model_folder: ModelFolder) -> None:
-    data = write_rows(tmp_path / "rows.jsonl", 12)
-    words = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "task.max_num_steps=3", "optim.lr=0.05"]
-    run_dir = train(model_folder(), data, tmp_path / "run", *words)
-    assert (run_dir / "final" / "adapter_model.safetensors").is_file()
-    base = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(run_dir / "final")
-    before, _ = plain_loop_nll(base, tokenizer, data)
-    after, count = plain_loop_nll(PeftModel.from_pretrained(base, run_dir / "final").eval(), tokenizer, data)
-    assert after < before - 1.0
-    for name in ("final", "last"):
-        run(["eval", "task=perplexity", f"experiment_dir={run_dir}", f"task.model_name={name}"])
-        result = json.loads((run_dir / "eval" / f"perplexity-test-{name}.json").read_text())
-        assert_close(result["nll"], after / count, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -136,23 +136,6 @@ def test_control_tokens_stay_control_tokens_and_strange_ones_are_reported(judge:
     assert len(messages) == 2 and all("<|odd|>" in line for line in messages)
 
 
-@pytest.mark.slow
-def test_a_run_and_its_evaluation(
-    judge: Path, tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data, run_dir = write_rows(tmp_path / "rows.jsonl", 12), tmp_path / "run"
-    words = [w for w in train_words(model_folder(), data, run_dir, task="grpo") if not w.startswith("reward")]
-    reward = ["reward=model", f"reward.folder={judge}"]
-    run([*words, *reward, "task.max_num_steps=1", "task.sft_experiment_dir=null"])
-    assert "critic" not in capsys.readouterr().err
-    run(["eval", "task=reward", f"experiment_dir={run_dir}", *reward, "generation.max_new_tokens=4"])
-    [file] = (run_dir / "eval").glob("reward-*.jsonl")
-    for line in file.read_text().splitlines()[:4]:
-        row = json.loads(line)
-        against = plain_score(judge, row["prompt"], row["against"], True)
-        assert row["against_score"] == pytest.approx(against, abs=1e-5)
-
-
 @pytest.mark.parametrize(
     ("task", "kind"), [("online_dpo", "tokenizer"), pytest.param("rloo", "architecture", marks=pytest.mark.nightly)]
 )
