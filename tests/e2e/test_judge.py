@@ -62,15 +62,6 @@ def test_a_server_that_is_not_there_is_reported_before_anything_is_made(
     assert info.value.code == 1 and re.search(rf"problem +judge +reward\.url={re.escape(url)}", capsys.readouterr().out)
 
 
-def test_a_file_names_no_receiver_of_texts_or_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "experiment").mkdir()
-    recipe = "# @package _global_\ndefaults:\n  - override /reward: judge\nreward:\n  url: http://127.0.0.1:9/v1\n"
-    (tmp_path / "experiment" / "mine.yaml").write_text(f"{recipe}  judge_model: judge-1\n")
-    with pytest.raises(SystemExit) as info:
-        run(["train", "task=grpo", "experiment=mine", "--config-dir", str(tmp_path)])
-    assert info.value.code == 2 and "reward.url" in capsys.readouterr().err
-
-
 def rows_with_answers(path: Path, *columns: str) -> Path:
     rows = [{"prompt": f"what is {i}?", "answer": str(i), "meta": {"level": i, "tags": [None, "a"]}} for i in range(16)]
     path.write_text("".join(json.dumps({name: row[name] for name in ("prompt", *columns)}) + "\n" for row in rows))

@@ -20,7 +20,6 @@ LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dro
 AT_ZERO = {  # the loss of a pair that policy and reference like alike, beta 0.1
     "sigmoid": math.log(2),
     "ipo": 25.0,
-    "apo_zero": 1.0,
 }
 
 
