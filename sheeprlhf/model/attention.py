@@ -47,16 +47,27 @@ _MEAN_DENSE, _LONGEST_DENSE, _BLOCK = 192, 512, 128
 _UNSUPPORTED = ("position_bias",)  # extras of some models' attention that change the result
 
 
-class KeysKnown(Exception):
-    """The last block's attention has got its keys and values, and is called again with the queries of the tails."""
+class KeysStored(Exception):
+    """Ends a pass through a block after its keys and values, as nothing behind them is read."""
 
 
 class TailQueries:
-    """In the place of a layout, for the last block: keys and values of all tokens first, then the tails' queries."""
+    """A layout whose keys are those of all tokens of a packed row, and whose queries are those of the tails only.
+
+    Attention gets it in two passes, `LastBlockAtTails`: the first stores keys and values, the second reads them.
+    """
 
     def __init__(self, layout: Any) -> None:
-        self.layout = layout
-        self.keys: tuple[Tensor, Tensor] | None = None
+        self.tails: Sequence[int] = layout.tails
+        self.layout = layout._replace(query_starts=layout.tail_starts, max_query=max(layout.tails))
+        self._stored: tuple[Tensor, Tensor] | None = None
+
+    def keys_and_values(self, key_BGTD: Tensor, value_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return those of the first pass; the first pass stores its own and raises KeysStored."""
+        if self._stored is None:
+            self._stored = key_BGTD, value_BGTD
+            raise KeysStored
+        return self._stored
 
 
 class Variant(NamedTuple):
@@ -152,12 +163,8 @@ def packed_attention(
         return output, None
     query_lengths = None
     if isinstance(layout, TailQueries):
-        if layout.keys is None:
-            layout.keys = key_BGTD, value_BGTD
-            raise KeysKnown
-        (key_BGTD, value_BGTD), layout = layout.keys, layout.layout
-        query_lengths = layout.tails
-        layout = layout._replace(query_starts=layout.tail_starts, max_query=max(layout.tails))
+        key_BGTD, value_BGTD = layout.keys_and_values(key_BGTD, value_BGTD)
+        query_lengths, layout = layout.tails, layout.layout
     variant = Variant(kwargs.get("sliding_window"), kwargs.get("softcap"), kwargs.get("s_aux")).limited(layout.max_key)
     extra = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if extra:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from sheeprlhf.model.attention import KeysKnown, TailQueries
+from sheeprlhf.model.attention import KeysStored, TailQueries
 
 MAX_LOGITS = 1 << 26  # logits kept for one backward pass; more is recomputed in chunks of this size
 _CPU_CHUNK, _CHUNK = 1 << 18, 1 << 25  # logits that are worked on at a time in float32: 1 MB stays in a core's cache
@@ -216,53 +216,69 @@ def head_scores(hidden_RC: Tensor, head: nn.Module) -> Tensor:
 
 @contextmanager
 def last_block_at_tails(backbone: nn.Module, layout: Any) -> Iterator[None]:
-    """Compute the last block, except for its keys and values, only at the tails of a packed row.
+    """Compute the last block of a packed row by `LastBlockAtTails`; the backbone returns the tails' hidden states.
 
-    The hidden states that a backbone returns are those of the tails, if they are fewer than the row's.
-
-    Nothing changes where they are nearly the whole row, for a model whose last block is of another kind, and under
-    gradient checkpointing, which computes the block again after this has ended.
+    Nothing changes where the tails are nearly the whole row, for a model whose last block is of another kind, and
+    under gradient checkpointing, which computes the block again after this has ended.
     """
     block, few = _last_block(backbone), 8 * len(layout.tail_index) <= 7 * layout.num_tokens
     if block is None or not few or getattr(backbone, "is_activation_checkpointing", False):
         yield
         return
-    compute = block.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        """Block's own code twice: until it has the keys and values of all tokens, and with the tails alone."""
-        tails = TailQueries(layout)
-        kwargs["layout"] = tails
-        with _skipped(block, "q_proj"), suppress(KeysKnown):
-            return compute(*args, **kwargs)
-        args, kwargs = at_tails((args, kwargs), layout)
-        with _skipped(block, "k_proj", "v_proj"):
-            output = compute(*args, **kwargs)
-        if hasattr(backbone, "h"):  # GPT-2 and others expect as many positions as they were given
-            return output.new_zeros(1, layout.num_tokens, output.shape[-1]).index_copy(1, layout.tail_index, output)
-        return output
-
-    block.forward = forward
+    # GPT-2 and others expect as many positions as they were given
+    block.forward = LastBlockAtTails(block, layout, fill_row=hasattr(backbone, "h"))
     try:
         yield
     finally:
         del block.forward
 
 
-def at_tails(value: Any, layout: Any) -> Any:
-    """The same at the tails of a packed row: a tensor (1, T, ...), or all in a collection; a cache becomes None."""
-    if isinstance(value, Tensor) and value.shape[:2] == (1, layout.num_tokens):
-        return value.index_select(1, layout.tail_index)
-    if isinstance(value, dict):
-        return {name: at_tails(one, layout) for name, one in value.items()}
-    if type(value) in (tuple, list):
-        return tuple(at_tails(one, layout) for one in value)
-    return None if isinstance(value, Cache) else value
+def _last_block(backbone: nn.Module) -> nn.Module | None:
+    """The last block, if it has a dense MLP; None for other kinds (experts, a block that holds its layers itself)."""
+    blocks = getattr(backbone, "layers", None) or getattr(backbone, "h", None)
+    block = blocks[-1] if isinstance(blocks, nn.ModuleList) else None
+    mlp = getattr(block, "mlp", None)
+    return block if type(mlp).__name__.endswith("MLP") and not hasattr(mlp, "experts") else None
+
+
+class LastBlockAtTails:
+    """Forward pass of a model's last block, whose output is read at the tails of a packed row only.
+
+    The tails need the keys and values of all tokens, and nothing else of the other tokens. The order of norms,
+    projections and sums is known to the model's code alone, so that code runs twice:
+
+    1. with all tokens up to the keys and values, without queries;
+    2. with the tails to the end, without keys and values, which are those of the first pass.
+
+    With `fill_row`, the output has zeros for the other tokens; else it is that of the tails only.
+    """
+
+    def __init__(self, block: nn.Module, layout: Any, *, fill_row: bool) -> None:
+        self._block, self._own_forward, self._layout, self._fill_row = block, block.forward, layout, fill_row
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the block."""
+        kwargs["layout"] = TailQueries(self._layout)
+        self._store_keys(args, kwargs)
+        output = self._compute_tails(args, kwargs)
+        if not self._fill_row:
+            return output
+        row = output.new_zeros(1, self._layout.num_tokens, output.shape[-1])
+        return row.index_copy(1, self._layout.tail_index, output)
+
+    def _store_keys(self, args: Any, kwargs: dict[str, Any]) -> None:
+        with _zeros_from(self._block, "q_proj"), suppress(KeysStored):
+            self._own_forward(*args, **kwargs)
+
+    def _compute_tails(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        args, kwargs = at_tails((args, kwargs), self._layout)
+        with _zeros_from(self._block, "k_proj", "v_proj"):
+            return self._own_forward(*args, **kwargs)
 
 
 @contextmanager
-def _skipped(block: nn.Module, *names: str) -> Iterator[None]:
-    """Linear layers of these names give zeros, which nobody reads, unless others have hooks on them."""
+def _zeros_from(block: nn.Module, *names: str) -> Iterator[None]:
+    """Let the linear layers of these names return zeros, which nobody reads, unless others have hooks on them."""
     linear = [m for name, m in block.named_modules() if name.rpartition(".")[2] in names and hasattr(m, "out_features")]
     linear = [m for m in linear if not m._forward_hooks and not m._forward_pre_hooks]
     for module in linear:
@@ -274,9 +290,15 @@ def _skipped(block: nn.Module, *names: str) -> Iterator[None]:
             del module.forward
 
 
-def _last_block(backbone: nn.Module) -> nn.Module | None:
-    """The last block, if it has a dense MLP; None for other kinds (experts, a block that holds its layers itself)."""
-    blocks = getattr(backbone, "layers", None) or getattr(backbone, "h", None)
-    block = blocks[-1] if isinstance(blocks, nn.ModuleList) else None
-    mlp = getattr(block, "mlp", None)
-    return block if type(mlp).__name__.endswith("MLP") and not hasattr(mlp, "experts") else None
+def at_tails(value: Any, layout: Any) -> Any:
+    """The part of a block's arguments that belongs to the tails: of tensors (1, T, ...), also in tuples and dicts.
+
+    Other values stay, but for a cache, which becomes None: it has its keys already.
+    """
+    if isinstance(value, Tensor) and value.shape[:2] == (1, layout.num_tokens):
+        return value.index_select(1, layout.tail_index)
+    if isinstance(value, dict):
+        return {name: at_tails(one, layout) for name, one in value.items()}
+    if type(value) in (tuple, list):
+        return tuple(at_tails(one, layout) for one in value)
+    return None if isinstance(value, Cache) else value

@@ -88,7 +88,7 @@ def test_queries_of_the_tails(
     layout, inputs = case(num_responses, 2)
     layout = with_tails(layout, layout.query_starts[1:].numpy() - 2)
     tails, options = attention.TailQueries(layout), {"sliding_window": window}
-    with pytest.raises(attention.KeysKnown):
+    with pytest.raises(attention.KeysStored):
         packed_attention(MODULE, *inputs, None, layout=tails, **options)
     nothing = torch.zeros(1, 2, len(layout.tail_index), 8, dtype=torch.float64)
     queries = inputs[0][:, :, layout.tail_index]
