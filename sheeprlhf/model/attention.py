@@ -328,6 +328,14 @@ def _blocks(queries: slice, num_keys: int) -> Iterator[tuple[slice, int]]:
         yield slice(first, last), num_keys - queries.stop + last
 
 
+def most_kept_keys(longest: int) -> int:
+    """Keys whose weights `_DenseAttention` keeps for a token, on average, if sequences have up to `longest` tokens."""
+    longest = min(longest, _LONGEST_DENSE)
+    if longest < _MEAN_DENSE:
+        return 0
+    return sum((rows.stop - rows.start) * seen for rows, seen in _blocks(slice(0, longest), longest)) // longest
+
+
 def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
     """(T, M) bool, True where a query sees a key; the queries are those of the last T keys."""
     diagonal = num_keys - num_queries

@@ -10,7 +10,8 @@ vocabulary, the bytes of
                  (1/2 + 1/128) size(Q) for adamw_8bit
     activations  fixed + N * per_token: what autograd keeps in all layers from the forward to the backward pass, and as
                  much as it keeps in one layer for the gradients inside one; with gradient checkpointing fixed + N *
-                 checkpointed: the inputs of all layers, and one layer with its gradients
+                 checkpointed: the inputs of all layers, and one layer with its gradients. On a CPU, plus N times the
+                 bytes of the attention's weights that `_DenseAttention` keeps for a token, in all layers or in one
     logits       4 M, in half precision 2 M, with M = min(N V, MAX_LOGITS); a reward model has none
     allocator    holes that freed tensors leave in the heap of the C library: a share of activations and logits
     libraries    the process before it has a model
@@ -71,6 +72,8 @@ class ModelSize(NamedTuple):
     block: int = 0  # parameters of the largest decoder block, a number
     outside: int = 0  # parameters around the decoder blocks, a number
     head: int = 0  # weights of the language head, a number
+    attention: int = 0  # needed on a CPU for a token and each key whose weight attention keeps, in all layers
+    attention_layers: int = 1  # a number
 
 
 class MemoryPlan(NamedTuple):
@@ -142,7 +145,7 @@ def measure(cfg: ModelConfig, precision: str, scores: bool = False) -> ModelSize
     if precision in _TRUE:
         model = model.to(_TRUE[precision])
     try:
-        fixed, per_token, hidden = _kept_bytes(causal_lm, MIXED.get(precision))
+        fixed, per_token, hidden, attention = _kept_bytes(causal_lm, MIXED.get(precision))
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # a way that needs the tensors' content
         raise ModelError(f"{type(causal_lm).__name__} cannot be run on tensors without content: {error}") from error
     layers = int(getattr(causal_lm.config, "num_hidden_layers", 1))
@@ -166,6 +169,8 @@ def measure(cfg: ModelConfig, precision: str, scores: bool = False) -> ModelSize
         block=max(blocks, default=0),
         outside=parameters - sum(blocks),
         head=head.numel(),
+        attention=sum(attention),
+        attention_layers=max(1, len(attention)),
     )
 
 
@@ -194,10 +199,11 @@ def _size(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _kept_bytes(model: Any, mixed: torch.dtype | None) -> tuple[int, int, Tensor]:
+def _kept_bytes(model: Any, mixed: torch.dtype | None) -> tuple[int, int, Tensor, list[int]]:
     """Bytes that autograd keeps of a forward pass besides the weights: in all, and for each token; the hidden states.
 
-    The tensors without content go the way that real ones go on the CPU.
+    The tensors without content go the way that real ones go on the CPU, in short rows. The last result is the bytes for
+    each token and key of each layer that keeps its attention's weights in longer ones.
     """
     kept: dict[int, Tensor] = {}  # by storage: what shares one is counted once
 
@@ -214,29 +220,40 @@ def _kept_bytes(model: Any, mixed: torch.dtype | None) -> tuple[int, int, Tensor
         ids = torch.zeros(1, _TOKENS, dtype=torch.long)
         inputs: dict[str, Any] = {"input_ids": ids, "position_ids": torch.arange(_TOKENS)[None], "use_cache": False}
         if not packing_limit(model, _TOKENS):
-            # As for short rows: weights that attention keeps, and what the last block leaves out, are not planned.
+            # num_tokens=0: the way of short rows
             layout = SimpleNamespace(segments=((1, (_TOKENS - 1,)),), max_key=_TOKENS, num_tokens=0)
             inputs |= {"layout": layout, "attention_mask": placeholder_mask(ids)}
         autocast = torch.autocast("cpu", mixed) if mixed is not None else nullcontext()
-        with autocast, _GroupedProducts(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        calls = _ObservedCalls()
+        with autocast, calls, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             hidden = functional_call(backbone, own, kwargs=inputs).last_hidden_state
         weights = {tensor.untyped_storage()._cdata for tensor in own.values()}
         sizes = [tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights]
     of_tokens = sum(size for size in sizes if size % _TOKENS == 0)
-    return sum(sizes) - of_tokens, of_tokens // _TOKENS, hidden
+    return sum(sizes) - of_tokens, of_tokens // _TOKENS, hidden, calls.attention if "layout" in inputs else []
 
 
-class _GroupedProducts(TorchFunctionMode):
-    """Computes products of a mixture of experts with one of their matrices, which gives tensors of the same shapes.
+class _ObservedCalls(TorchFunctionMode):
+    """Notes calls of attention that keep weights in longer rows, and replaces products with the matrices of experts.
 
-    torch has shapes for its own function in bfloat16 only. For tensors without content in another number format it
-    prints a traceback, although it computes such products of real ones. Both keep the rows for the backward pass.
+    The product with one of their matrices has the same shape. torch has shapes for its own function in bfloat16 only.
+    For tensors without content in another number format it prints a traceback, although it computes such products of
+    real ones. Both keep the rows for the backward pass.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention: list[int] = []  # bytes of the weights of a token and a key, of each call
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The product of rows and matrices as (S, K) @ (K, N), with one of the matrices."""
+        """The product of rows and matrices as (S, K) @ (K, N), with one of the matrices; other calls as they are."""
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") not in ("grouped_mm", "_grouped_mm"):
+        name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention" and kwargs.get("is_causal") and not kwargs.get("enable_gqa"):
+            query_BHTD = args[0]
+            if args[4] == 0.0 and any(x.requires_grad for x in args[:3]):  # without dropout; something learns
+                self.attention.append(query_BHTD.shape[1] * query_BHTD.itemsize)
+        if name not in ("grouped_mm", "_grouped_mm"):
             return func(*args, **kwargs)
         rows_SK, weight_EKN = args[:2]
         with torch.autocast(rows_SK.device.type, enabled=False):  # torch does not cast these
@@ -264,7 +281,7 @@ def allocator_share(device: str, finetune_mode: str) -> float:
 
 
 def plan(
-    size: ModelSize, optim: OptimizerConfig, *, tokens: int, checkpointing: bool, allocator_share: float
+    size: ModelSize, optim: OptimizerConfig, *, tokens: int, checkpointing: bool, allocator_share: float, keys: int = 0
 ) -> MemoryPlan:
     """The memory of one process, by the formulas above.
 
@@ -274,8 +291,10 @@ def plan(
         tokens: N, of one forward pass.
         checkpointing: activations are recomputed.
         allocator_share: what the allocator adds to activations and logits.
+        keys: whose attention weights a token keeps, `most_kept_keys`.
     """
-    activations = size.fixed + tokens * (size.checkpointed if checkpointing else size.per_token)
+    attention = keys * size.attention // (size.attention_layers if checkpointing else 1)
+    activations = size.fixed + tokens * ((size.checkpointed if checkpointing else size.per_token) + attention)
     logits = min(tokens * size.vocabulary, MAX_LOGITS) * (2 if size.half else 4)
     return MemoryPlan(
         weights=size.weights,

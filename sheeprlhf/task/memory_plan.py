@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sheeprlhf.config.validate import parse_devices
+from sheeprlhf.model.attention import most_kept_keys
 from sheeprlhf.model.memory import MemoryPlan, ModelSize, allocator_share, measure, plan, tokens_of_forward
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.reward import model_sources
@@ -25,12 +26,14 @@ def step_plan(
     if isinstance(config.task, ILQLConfig):
         size = _with_q_heads(size, config.task.num_q_heads)
     rows, row = rows_of_forward(config, size)
+    longest = min(config.data.max_length, size.positions or config.data.max_length)
     parts = plan(
         size,
         config.optim,
         tokens=rows * row,
         checkpointing=config.model.gradient_checkpointing,
         allocator_share=allocator_share(device, config.model.finetune_mode) if holes else 0.0,
+        keys=most_kept_keys(longest) if device == "cpu" and config.task.batching != "padded" else 0,
     )
     if isinstance(config.task, BestOfNConfig):  # it only computes forward
         parts = parts._replace(gradients=0, optimizer=0)
