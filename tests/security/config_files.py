@@ -84,6 +84,7 @@ PRIMARIES = {
     "a key that is a list": f"{PRIMARY}? [a, b]\n: x\n",
     "a list": "[1, 2]\n",
     "a text": "x\n",
+    "cut off": f"{PRIMARY}task: {{epochs: [1\n",
     "letters of another encoding": "\udcff\udcfe",
     "a byte of zero": f"{PRIMARY}run_name: \0\n",
     "merge keys without end": f"{PRIMARY}x:\n  a: &a {{x: 1}}\n{MERGE_BOMB}",
@@ -113,6 +114,7 @@ VALUES = {
     "a partial target": "task: {_partial_: true, _args_: [SENTINEL], _convert_: all}\n",
     "remote code": "model: {library_cfg: {trust_remote_code: true, revision: '" + "0" * 40 + "'}}\n",
     "a function": "reward: {path: 'MODULE:f'}\n",
+    "an entry point": "task: {entry_point: 'os:mkdir'}\n",
 }
 # Words of a stage, with which a recipe for `pipeline` could speak as the command line does.
 STAGES = {

@@ -14,7 +14,6 @@ from sheeprlhf.structure.data import DocstringsConfig
 from sheeprlhf.structure.model import TinyConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError
-from tests.support.runs import exit_code
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{b}: &{b} [*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
@@ -46,33 +45,6 @@ def test_a_bad_file_is_refused_quickly(kind, tmp_path, monkeypatch):
     assert len(str(caught.value)) < 500
     assert kind != "anchors" or "alias" in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml"}
-
-
-RECIPES = {
-    "callback": "hydra:\n  callbacks:\n    mine: {_target_: builtins.open, file: SENTINEL, mode: w}\n",
-    "target": "task: {_target_: builtins.open, file: SENTINEL, mode: w}\n",
-    "entry_point": "task: {entry_point: 'os:mkdir'}\n",
-    "new_group": "mine: {_target_: builtins.open, file: SENTINEL, mode: w}\n",
-    "remote_code": f"model: {{library_cfg: {{trust_remote_code: true, revision: '{'0' * 40}'}}}}\n",
-    "torn": "task: {epochs: [1\n",
-    "unknown_key": "task: {epoch: 3}\n",
-}
-
-
-@pytest.mark.parametrize("kind", RECIPES)
-def test_a_strangers_recipe_runs_nothing(kind, tmp_path, monkeypatch, capsys):
-    sentinel = tmp_path / "sentinel"
-    folder = tmp_path / "theirs" / "experiment"
-    folder.mkdir(parents=True)
-    (folder / "shared.yaml").write_text(f"# @package _global_\n{RECIPES[kind].replace('SENTINEL', str(sentinel))}")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_TOKEN", "canary-of-the-environment")
-    assert exit_code(["train", "task=sft", f"--config-dir={tmp_path}/theirs", "experiment=shared"]) == 2
-    printed = capsys.readouterr()
-    assert "Traceback" not in printed.err
-    assert "experiment=shared is not a choice" not in printed.err
-    assert "canary" not in printed.err + printed.out
-    assert {path.name for path in tmp_path.iterdir()} == {"theirs"}
 
 
 SOURCE = Source("train")

@@ -1,7 +1,6 @@
 """Loading: what is refused, by which message; what is frozen, seeded and cast; what never runs."""
 
 import json
-import pickle
 import shlex
 import shutil
 from collections.abc import Callable
@@ -188,30 +187,6 @@ def test_code_of_a_folder_runs_once_it_is_trusted(booby_trap: tuple[Path, Path])
     with pytest.raises((ModelError, AttributeError, TypeError)):  # the trap is no model
         load(folder, library_cfg=HuggingFaceConfig(trust_remote_code=True))
     assert sentinel.exists()
-
-
-class Payload:
-    """Unpickled, it writes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [("pytorch_model.bin", "code"), ("model.bin", "no weights"), ("consolidated.00.pth", "no weights")],
-)
-def test_pickles_run_nothing(name: str, said: str, tmp_path: Path, model_folder: ModelFolder) -> None:
-    folder = copy_of(model_folder(), tmp_path / "model", without="*.safetensors")
-    torch.save({"weights": Payload(tmp_path / "sentinel")}, folder / name)
-    (folder / "training_args.bin").write_bytes(pickle.dumps(Payload(tmp_path / "sentinel")))
-    with pytest.raises(ModelError, match=said):
-        load(folder)
-    load_tokenizer(config(folder))
-    assert not (tmp_path / "sentinel").exists()
 
 
 @pytest.mark.parametrize("scores", [False, True])
