@@ -27,7 +27,7 @@ from sheeprlhf.structure.data import DocstringsConfig
 from sheeprlhf.structure.model import TinyConfig
 from sheeprlhf.structure.run import AdamWConfig, FabricConfig, TrainConfig
 from sheeprlhf.structure.task import SFTConfig
-from sheeprlhf.utils.errors import ConfigError, RecordError, RunInUseError, UnsafePathError
+from sheeprlhf.utils.errors import ConfigError, RecordError, RunInUseError
 from tests.unit.engine.toy import FORK
 
 
@@ -196,13 +196,6 @@ def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
     finally:
         os.kill(pid, 9)
         os.waitpid(pid, 0)
-
-
-def test_a_lock_that_is_a_link_is_refused(tmp_path):
-    (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UnsafePathError, match=r"\.lock is a symbolic link"):
-        RunLock(tmp_path).__enter__()
-    assert not (tmp_path / "elsewhere").exists()
 
 
 STARTED = ("run.json", "config.yaml", ".lock", "data_report.json")
