@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sheeprlhf.apps.arguments import PLAIN_VERBS, PLOT, VERBS, ParsedArgs, parse_args, print_overview, verb_problem
+from sheeprlhf.apps.arguments import PLAIN_VERBS, PLOT, VERBS, ParsedArgs, parse_args, verb_problem
 from sheeprlhf.utils.errors import ConfigError, Interrupted, MissingRanksError, SheepError
 from sheeprlhf.utils.home import silence_libraries
 from sheeprlhf.utils.launchers import (
@@ -179,6 +179,8 @@ def _dispatch(arguments: list[str]) -> int:
     except FileNotFoundError:
         raise ConfigError("the working directory has been removed: change to another one (cd <folder>)") from None
     if verb is None:
+        from sheeprlhf.apps.terminal import print_overview
+
         return print_overview()
     silence_libraries()
     if verb not in PARALLEL_VERBS and leave_to_rank_zero():

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sheeprlhf.utils.errors import ConfigError
@@ -232,40 +232,3 @@ def _value_problems(flag: Flag, text: str) -> Iterator[str]:
             yield f"--{flag.name} {text} is too small or no number: give {flag.minimum:g} or more"
         elif number > flag.maximum:
             yield f"--{flag.name} {text} is too large: give {flag.maximum:.12g} or less"
-
-
-def number_problems(usage: str, words: Sequence[str], most: int = 1) -> list[str]:
-    """The sentence for another number of runs or models than from one to `most`."""
-    if 1 <= len(words) <= most:
-        return []
-    number = "one run or model" if most == 1 else f"one to {most} runs or models"
-    what = f"{len(words)} were given" if words else "`list runs` shows the runs"
-    return [f"`{usage.partition(' ')[0]}` takes {number}: `{usage}`; {what}"]
-
-
-def print_help(usage: str, texts: Sequence[str], title: str, entries: Mapping[str, str], *after: str) -> int:
-    """Print the help of a command: its usage, paragraphs, a titled list, and further paragraphs; returns 0."""
-    from sheeprlhf.apps.terminal import Screen, entry, heading, paragraph
-
-    screen = Screen()
-    verb, _, rest = usage.partition(" ")
-    screen.print(heading(f"sheeprlhf {verb}", rest), "", *map(paragraph, texts), heading(f"\n{title}:"), sep="\n")
-    for name, meaning in entries.items():
-        screen.print(entry(name, meaning, width=min(26, max(map(len, entries)))))
-    screen.print(*(part for text in after for part in ("", paragraph(text))), sep="\n", end="\n" * bool(after))
-    return 0
-
-
-def flag_entries(flags: Sequence[Flag]) -> dict[str, str]:
-    """Flags as they are written, and their meaning."""
-    names = [", ".join(filter(None, (f"--{flag.name}", flag.short))) for flag in flags]
-    values = ["" if flag.kind is bool else f" <{flag.value or '|'.join(flag.values) or flag.name}>" for flag in flags]
-    defaults = ["" if flag.default in (None, False) else f" [default {flag.default}]" for flag in flags]
-    return {n + v: flag.help + d for n, v, d, flag in zip(names, values, defaults, flags, strict=True)}
-
-
-def print_overview() -> int:
-    """Print all commands; called without a command, so it imports nothing that composes configurations."""
-    start = "Start with `train task=sft`; `list` and `<command> --help` tell what there is."
-    usage = "<command> [group=choice] [option=value] [--flag]"
-    return print_help(usage, ["Fine-tune and align language models."], "Commands", VERBS, start)

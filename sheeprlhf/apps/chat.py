@@ -2,11 +2,11 @@
 
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from sheeprlhf.apps.arguments import Flag, flag_entries, number_problems, print_help, read_flags
-from sheeprlhf.apps.terminal import Screen, clean, paragraph
+from sheeprlhf.apps.arguments import Flag, read_flags
+from sheeprlhf.apps.terminal import Screen, clean, flag_entries, paragraph, print_help
 from sheeprlhf.config.model_lookup import find_trained
 from sheeprlhf.config.run_lookup import is_newest
 from sheeprlhf.security.redaction import plain_text
@@ -45,6 +45,15 @@ FLAGS = (
 _COMMANDS = "/reset forgets the conversation, /help shows this, /quit or Ctrl-D ends; Ctrl-C stops an answer."
 _LONGEST_ESCAPE = 40  # characters
 _MORE_SECONDS = 0.05  # lines that come sooner after another one were pasted with it
+
+
+def number_problems(usage: str, words: Sequence[str], most: int = 1) -> list[str]:
+    """The sentence for another number of runs or models than from one to `most`."""
+    if 1 <= len(words) <= most:
+        return []
+    number = "one run or model" if most == 1 else f"one to {most} runs or models"
+    what = f"{len(words)} were given" if words else "`list runs` shows the runs"
+    return [f"`{usage.partition(' ')[0]}` takes {number}: `{usage}`; {what}"]
 
 
 def sampling(*, temperature: float, top_p: float, top_k: float, max_new_tokens: float) -> GenConfig:

@@ -13,9 +13,9 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Seque
 from itertools import pairwise
 from typing import Any
 
-from sheeprlhf.apps.arguments import Flag, flag_entries, number_problems, print_help, read_flags
-from sheeprlhf.apps.chat import TEMPLATE, TEMPLATE_ARGS, WEIGHTS
-from sheeprlhf.apps.terminal import Screen, clean
+from sheeprlhf.apps.arguments import Flag, read_flags
+from sheeprlhf.apps.chat import TEMPLATE, TEMPLATE_ARGS, WEIGHTS, number_problems
+from sheeprlhf.apps.terminal import Screen, clean, flag_entries, print_help
 from sheeprlhf.config.model_lookup import REWARD_MODEL, Trained, find_trained
 from sheeprlhf.security.version_guard import check_versions
 from sheeprlhf.utils.errors import ConfigError

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, StrictUndefined
 
 import sheeprlhf
-from sheeprlhf.apps.arguments import Flag, flag_entries, number_problems, print_help, read_flags
-from sheeprlhf.apps.chat import TEMPLATE, WEIGHTS
-from sheeprlhf.apps.terminal import Screen, clean, is_number
+from sheeprlhf.apps.arguments import Flag, read_flags
+from sheeprlhf.apps.chat import TEMPLATE, WEIGHTS, number_problems
+from sheeprlhf.apps.terminal import Screen, clean, flag_entries, is_number, print_help
 from sheeprlhf.config.model_lookup import POLICY, Trained, find_trained
 from sheeprlhf.config.overrides import command
 from sheeprlhf.config.path_checks import data_is_here, is_hub_id, model_folder, new_folder_problems

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from rich.text import Text
 
-from sheeprlhf.apps.arguments import print_help, read_flags
+from sheeprlhf.apps.arguments import read_flags
 from sheeprlhf.apps.runs import PastRun, find_past_runs, past_run
-from sheeprlhf.apps.terminal import Screen, clean, heading, is_for_people, paragraph, table
+from sheeprlhf.apps.terminal import Screen, clean, heading, is_for_people, paragraph, print_help, table
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.home import expand_home

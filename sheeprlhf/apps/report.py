@@ -7,10 +7,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheeprlhf.apps.arguments import Flag, flag_entries, print_help, read_flags
+from sheeprlhf.apps.arguments import Flag, read_flags
 from sheeprlhf.apps.pipeline import Row, read_pipeline
 from sheeprlhf.apps.runs import MARK, FoundRuns, Record, find_past_runs, read_record, run_order
-from sheeprlhf.apps.terminal import Screen, clean, paragraph
+from sheeprlhf.apps.terminal import Screen, clean, flag_entries, paragraph, print_help
 from sheeprlhf.config.option_checks import near_path
 from sheeprlhf.config.path_checks import new_folder_problems
 from sheeprlhf.config.run_lookup import RUN_FILE, is_newest

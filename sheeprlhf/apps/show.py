@@ -8,8 +8,8 @@ import yaml
 from omegaconf import OmegaConf
 from rich.text import Text
 
-from sheeprlhf.apps.arguments import FLAGS, PLAIN_VERBS, PLOT, VERBS, flag_entries, print_help, read_flags
-from sheeprlhf.apps.terminal import Screen, clean, entry, heading, paragraph
+from sheeprlhf.apps.arguments import FLAGS, PLAIN_VERBS, PLOT, VERBS, read_flags
+from sheeprlhf.apps.terminal import Screen, clean, entry, flag_entries, heading, paragraph, print_help
 from sheeprlhf.config.compose import Source, compose_for_help, configs_directory
 from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.config.overrides import Entry, catalogue, choices_like

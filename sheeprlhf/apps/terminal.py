@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from rich.cells import cell_len, set_cell_size
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.theme import Theme
 
+from sheeprlhf.apps.arguments import VERBS, Flag
 from sheeprlhf.security.redaction import plain_text, redact_text
 
 _THEME = Theme(
@@ -112,3 +113,29 @@ def print_error(message: str) -> None:
     head, colon, tail = first.partition(":")
     body = _coded("\n".join([tail, *rest]))
     screen.print(Text.assemble((head + colon, "bad"), body))  # in one piece: other processes may print too
+
+
+def print_help(usage: str, texts: Sequence[str], title: str, entries: Mapping[str, str], *after: str) -> int:
+    """Print the help of a command: its usage, paragraphs, a titled list, and further paragraphs; returns 0."""
+    screen = Screen()
+    verb, _, rest = usage.partition(" ")
+    screen.print(heading(f"sheeprlhf {verb}", rest), "", *map(paragraph, texts), heading(f"\n{title}:"), sep="\n")
+    for name, meaning in entries.items():
+        screen.print(entry(name, meaning, width=min(26, max(map(len, entries)))))
+    screen.print(*(part for text in after for part in ("", paragraph(text))), sep="\n", end="\n" * bool(after))
+    return 0
+
+
+def flag_entries(flags: Sequence[Flag]) -> dict[str, str]:
+    """Flags as they are written, and their meaning."""
+    names = [", ".join(filter(None, (f"--{flag.name}", flag.short))) for flag in flags]
+    values = ["" if flag.kind is bool else f" <{flag.value or '|'.join(flag.values) or flag.name}>" for flag in flags]
+    defaults = ["" if flag.default in (None, False) else f" [default {flag.default}]" for flag in flags]
+    return {n + v: flag.help + d for n, v, d, flag in zip(names, values, defaults, flags, strict=True)}
+
+
+def print_overview() -> int:
+    """Print all commands; it imports nothing that composes configurations."""
+    start = "Start with `train task=sft`; `list` and `<command> --help` tell what there is."
+    usage = "<command> [group=choice] [option=value] [--flag]"
+    return print_help(usage, ["Fine-tune and align language models."], "Commands", VERBS, start)
