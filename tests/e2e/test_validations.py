@@ -9,17 +9,7 @@ import pytest
 from torch.testing import assert_close
 
 from sheeprlhf.config.registry import choices
-from tests.support.runs import (
-    WRITERS,
-    digests,
-    exit_code,
-    figures_at,
-    killed,
-    result_of,
-    train,
-    train_words,
-    write_rows,
-)
+from tests.support.runs import WRITERS, exit_code, figures_at, killed, result_of, train, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
 STOP = ["task.early_stopping_metric=nll", "task.early_stopping_patience=2", "task.eval_interval=2"]
@@ -110,12 +100,3 @@ def test_rows_in_the_order_of_the_file(tmp_path: Path, model_folder: ModelFolder
     assert abs(first - second) > 1e-3
     assert_close(losses["forth"], [first, second, first, second], rtol=1e-6, atol=0)
     assert_close(losses["back"], [second, first, second, first], rtol=1e-6, atol=0)
-
-
-def test_the_order_does_not_prepare_the_data_again(tmp_path: Path, model_folder: ModelFolder) -> None:
-    data = write_rows(tmp_path / "rows.jsonl", 12)
-    words = ["task.max_num_steps=1", f"data.cache_dir={tmp_path / 'cache'}"]
-    train(model_folder(), data, tmp_path / "one", *words)
-    folders = digests(tmp_path / "cache")
-    train(model_folder(), data, tmp_path / "two", *words, "data.shuffle=false")
-    assert digests(tmp_path / "cache") == folders

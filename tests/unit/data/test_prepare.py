@@ -159,6 +159,7 @@ def test_the_fingerprint_covers_what_changes_the_rows(tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     assert prepare(local(moved, rows(5)), byte_tokenizer()).fingerprint == prints[0]
+    assert prepare(local(moved, rows(5), shuffle=False), byte_tokenizer()).fingerprint == prints[0]
 
 
 def test_rows_are_made_anew_when_the_code_of_their_format_changes(

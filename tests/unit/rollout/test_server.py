@@ -272,7 +272,7 @@ def test_a_hanging_server_leaves_its_prompts_to_the_others(tmp_path: Path, model
 
 @pytest.mark.parametrize(
     ("how", "options", "asked"),
-    [("close", {"timeout": 0.5}, 2), ("hang", {"timeout": 0.5}, 1), (403, {}, 1)],
+    [("close", {"timeout": 2.0}, 2), ("hang", {"timeout": 0.5}, 1), (403, {}, 1)],
     ids=["down", "hang", "forbidden"],
 )
 def test_no_server_answers(
@@ -282,7 +282,7 @@ def test_no_server_answers(
     with vllm_server(folder) as one:
         client = make_client(folder, tmp_path / "run", [one], **options)
         fail("/weight_info", *range(999), how=how)(one)
-        with pytest.raises(RolloutServerError, match=one.url.split("/")[-1] if how == 403 else "rollout.timeout=0.5"):
+        with pytest.raises(RolloutServerError, match=one.url.split("/")[-1] if how == 403 else "rollout.timeout="):
             client.sample()
         assert len(one.requests) >= asked
         assert (client.folder / "policy" / "config.json").exists()
