@@ -3,23 +3,9 @@
 import json
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    NotRequired,
-    Required,
-    TypedDict,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-    is_typeddict,
-)
+from types import GenericAlias, NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from sheeprlhf.utils.errors import RecordError
 from sheeprlhf.utils.output import read_small, real_path
@@ -44,7 +30,7 @@ Time = Annotated[float, Range(0, LATEST)]
 class Schema(NamedTuple):
     """Fields of one kind of JSON file."""
 
-    kind: Any  # a TypedDict. Keys that it does not name may hold any JSON
+    kind: Any  # a type; or fields and their types, with "?" behind the name of one that may be missing, else any JSON
     fix: str  # for a damaged file; "{file}" and "{folder}" are replaced by its path and its folder's
     max_bytes: int = 1 << 22  # size of the largest file that is read
 
@@ -111,14 +97,14 @@ def type_problems(value: Any, hint: Any, field: str = "", depth: int = 0) -> Ite
     elif depth > MAX_DEPTH:
         yield field, "is nested too deeply"
     elif isinstance(value, dict):
-        typed = next((kind for kind in kinds if is_typeddict(kind)), None)
+        record = next((kind for kind in kinds if isinstance(kind, dict)), None)
         inner = next((get_args(kind)[1] for kind in kinds if get_origin(kind) is dict), Any)
-        if typed is None and not _allows(kinds, dict):
+        if record is None and not _allows(kinds, dict):
             yield field, f"is an object instead of {_names(kinds)}"
             return
-        fields = {} if typed is None else _fields(typed)
-        required = () if typed is None else typed.__required_keys__
-        yield from ((_joined(field, name), "is missing") for name in sorted(required) if name not in value)
+        fields = {name.removesuffix("?"): kind for name, kind in (record or {}).items()}
+        missing = sorted(name for name in record or () if not name.endswith("?") and name not in value)
+        yield from ((_joined(field, name), "is missing") for name in missing)
         for name, part in value.items():
             yield from type_problems(part, fields.get(name, inner), _joined(field, name), depth + 1)
     elif isinstance(value, list):
@@ -135,17 +121,14 @@ def type_problems(value: Any, hint: Any, field: str = "", depth: int = 0) -> Ite
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
     """The alternatives of a type hint."""
-    origin = get_origin(hint)
-    if origin in (NotRequired, Required):
-        return _kinds(get_args(hint)[0])
-    if origin in (Union, UnionType):
+    if get_origin(hint) in (Union, UnionType):
         return tuple(kind for part in get_args(hint) for kind in _kinds(part))
     return (hint,)
 
 
-@lru_cache
-def _fields(typed: Any) -> dict[str, Any]:
-    return get_type_hints(typed, include_extras=True)
+def _each(fields: dict[str, Any]) -> Any:
+    """The type of an object whose values all have these fields."""
+    return GenericAlias(dict, (str, fields))
 
 
 def _allows(kinds: tuple[Any, ...], container: type) -> bool:
@@ -179,6 +162,8 @@ def _name(kind: Any) -> str:
     if origin is Annotated:
         base, limits = get_args(kind)[:2]
         return f"{_name(base)} from {limits.least:g} to {limits.most:g}"
+    if origin is dict or isinstance(kind, dict):
+        return "an object"
     plain = {int: "an integer", float: "a number", str: "a string", bool: "true or false", NoneType: "null"}
     return "a list" if origin is list else plain.get(kind, "an object")
 
@@ -191,179 +176,83 @@ Step = Annotated[int, Range(0, 10**12)]
 _Positive = Annotated[float, Range(0, 1e300)]
 
 
-class RunRecord(TypedDict):
-    """run.json. Tasks add results of their own."""
-
-    status: Literal["running", "finished"]
-    started: Time
-    order: NotRequired[Time]
-    finished: NotRequired[Time | None]
-    config_hash: NotRequired[str]
-    data_fingerprint: NotRequired[str]
-    task: NotRequired[str]
-    model: NotRequired[str]
-    data: NotRequired[str]
-    run_name: NotRequired[str]
-    command: NotRequired[list[str]]
-    step: NotRequired[Step]
-    best_metric: NotRequired[float | None]
-    best_step: NotRequired[Step | None]
-    stopped_early: NotRequired[bool]
-    trackers: NotRequired[dict[str, str]]
-    peak_memory: NotRequired[Count | None]
-
-
-class StageRecord(TypedDict):
-    """One stage in pipeline.json."""
-
-    seconds: _Positive
-    status: NotRequired[Literal["running", "finished", "failed", "stopped"]]
-    command: NotRequired[list[str]]
-    exit_code: NotRequired[int]
-
-
-class PipelineRecord(TypedDict):
-    """pipeline.json."""
-
-    recipe: dict[str, list[str]]
-    stages: dict[str, StageRecord]
-    experiment: NotRequired[str | None]
-    version: NotRequired[str]
-    started: NotRequired[Time]
-    order: NotRequired[Time]
-    finished: NotRequired[Time]
-    command: NotRequired[list[str]]
-
-
-class FileRecord(TypedDict):
-    """One file in MANIFEST.json."""
-
-    size: Count
-    sha256: str
-
-
-class ManifestRecord(TypedDict):
-    """MANIFEST.json."""
-
-    format: int
-    files: dict[str, FileRecord]
-    sha256: str
-    config_hash: NotRequired[str]
-    step: NotRequired[Step]
-    world_size: NotRequired[Annotated[int, Range(1, 10**6)]]
-    tensor_parallel: NotRequired[Annotated[int, Range(1, 10**6)]]
-    torch_threads: NotRequired[Annotated[int, Range(1, 10**6)]]
-    sharded: NotRequired[bool]
-    device: NotRequired[str]
-    weights_of: NotRequired[Step]  # those two of a rollout that a server sampled
-    key: NotRequired[str]
-
-
-class ExtraRecord(TypedDict):
-    """Additional state of tasks in state.json; see `TrainState.extra`."""
-
-    kl_coeff: NotRequired[_Positive]
-    reward_count: NotRequired[Count]
-    reward_mean: NotRequired[float]
-    reward_m2: NotRequired[_Positive]
-    shard: NotRequired[Step]
-    shard_step: NotRequired[Step]
-    shard_rollout: NotRequired[Step]
-    shard_digest: NotRequired[Annotated[int, Range(0, 2**48)]]
-
-
-class StateRecord(TypedDict):
-    """state.json of a checkpoint."""
-
-    step: Step
-    items_seen: Count
-    best_metric: float | None
-    best_step: Step | None
-    extra: ExtraRecord
-    skipped_steps: NotRequired[Step]  # older checkpoints lack these
-    stale_validations: NotRequired[Count]
-
-
-class SplitRecord(TypedDict):
-    """One split in a data report; all other fields are counts, too."""
-
-    read: Count
-    kept: Count
-    dropped: NotRequired[dict[str, Count]]
-    first_dropped: NotRequired[dict[str, str]]
-    truncated: NotRequired[dict[str, Count]]
-    unused: NotRequired[dict[str, Count]]
-    labels: NotRequired[dict[str, Count]]
-    tokens: NotRequired[dict[str, dict[str, float]]]
-    eos_share: NotRequired[float | None]
-    templated_rows: NotRequired[Count]
-    trained_tokens: NotRequired[Count]
-    prompts_alone: NotRequired[Count]
-
-
-class DataRecord(TypedDict):
-    """Fields of both data reports."""
-
-    splits: dict[str, SplitRecord]
-    columns: NotRequired[dict[str, dict[str, Any]]]
-    mix: NotRequired[list[dict[str, Any]]]
-
-
-class DataReportRecord(DataRecord):
-    """data_report.json of a run, also of an earlier version."""
-
-    name: NotRequired[str]
-    kind: NotRequired[str]
-    notes: NotRequired[list[str]]
-
-
-class PreparedRecord(DataRecord):
-    """report.json of prepared data."""
-
-    name: str
-    kind: str
-    notes: list[str]
-    available_columns: dict[str, list[str]]
-
-
-class ResultRecord(TypedDict):
-    """A file of `eval/`. The figures are what else it holds."""
-
-    task: NotRequired[str]
-    split: NotRequired[str]
-    data: NotRequired[str]
-    model: NotRequired[str | None]
-    weights: NotRequired[str]
-    experiment_dir: NotRequired[str | None]
-    time: NotRequired[str]
-    version: NotRequired[str]
-
-
-class BestRowRecord(TypedDict):
-    """A line of `parts/` of task=best_of_n."""
-
-    status: Literal["kept", "cut", "low"]
-    prompt: str
-    response: str
-    score: float
-    rejected: str
-    rejected_score: float
-    n: Count
-    mean_score: float
-    first_score: float
-
-
 RUN = Schema(
-    RunRecord,
+    {
+        **{"status": Literal["running", "finished"], "started": Time, "order?": Time, "finished?": Time | None},
+        **dict.fromkeys(("task?", "model?", "data?", "run_name?", "config_hash?", "data_fingerprint?"), str),
+        **{"command?": list[str], "trackers?": dict[str, str], "peak_memory?": Count | None},
+        **{"step?": Step, "best_metric?": float | None, "best_step?": Step | None, "stopped_early?": bool},
+    },
     "put back a copy, or delete {file} and give the run's training command again with hydra.run.dir={folder}, which "
     "continues from the newest checkpoint",
 )
-PIPELINE = Schema(PipelineRecord, "put back a copy, or start again without resume")
-MANIFEST = Schema(ManifestRecord, "delete {folder}: the checkpoint before it is used")
-STATE = Schema(StateRecord, "delete {folder}: the checkpoint before it is used")
-DATA_REPORT = Schema(DataReportRecord, "delete {file}: a resumed run writes it again")
-PREPARED = Schema(PreparedRecord, "delete {folder}: the data is prepared again")
+_STAGE = {
+    "seconds": _Positive,
+    "status?": Literal["running", "finished", "failed", "stopped"],
+    **{"command?": list[str], "exit_code?": int},
+}
+PIPELINE = Schema(
+    {
+        **{"recipe": dict[str, list[str]], "stages": _each(_STAGE), "command?": list[str]},
+        **{"experiment?": str | None, "version?": str},
+        **dict.fromkeys(("started?", "order?", "finished?"), Time),
+    },
+    "put back a copy, or start again without resume",
+)
+_NUMBER = Annotated[int, Range(1, 10**6)]
+MANIFEST = Schema(
+    {
+        **{"format": int, "files": _each({"size": Count, "sha256": str}), "sha256": str},
+        **{"config_hash?": str, "step?": Step, "sharded?": bool, "device?": str},
+        **dict.fromkeys(("world_size?", "tensor_parallel?", "torch_threads?"), _NUMBER),
+        **{"weights_of?": Step, "key?": str},  # of a rollout that a server sampled
+    },
+    "delete {folder}: the checkpoint before it is used",
+)
+_EXTRA = {  # additional state of tasks, see `TrainState.extra`
+    **dict.fromkeys(("kl_coeff?", "reward_m2?"), _Positive),
+    **{"reward_count?": Count, "reward_mean?": float},
+    **dict.fromkeys(("shard?", "shard_step?", "shard_rollout?"), Step),
+    "shard_digest?": Annotated[int, Range(0, 2**48)],
+}
+STATE = Schema(
+    {
+        **{"step": Step, "items_seen": Count, "best_metric": float | None, "best_step": Step | None, "extra": _EXTRA},
+        **{"skipped_steps?": Step, "stale_validations?": Count},  # older checkpoints lack these
+    },
+    "delete {folder}: the checkpoint before it is used",
+)
+_SPLIT = {  # all other fields are counts, too
+    **dict.fromkeys(("read", "kept", "templated_rows?", "trained_tokens?", "prompts_alone?"), Count),
+    **dict.fromkeys(("dropped?", "truncated?", "unused?", "labels?"), dict[str, Count]),
+    **{"first_dropped?": dict[str, str], "tokens?": dict[str, dict[str, float]], "eos_share?": float | None},
+}
+_REPORT = {
+    "splits": _each(_SPLIT),
+    **{"columns?": dict[str, dict[str, Any]], "mix?": list[dict[str, Any]]},
+}
+DATA_REPORT = Schema(  # also of an earlier version
+    {**_REPORT, "name?": str, "kind?": str, "notes?": list[str]}, "delete {file}: a resumed run writes it again"
+)
+PREPARED = Schema(
+    {**_REPORT, "name": str, "kind": str, "notes": list[str], "available_columns": dict[str, list[str]]},
+    "delete {folder}: the data is prepared again",
+)
 DIGESTS = Schema(dict[str, str], "delete {folder}: the data is prepared again")
-RESULT = Schema(ResultRecord, "delete {file} and run the evaluation again")
+RESULT = Schema(  # the figures are what else it holds
+    {
+        **dict.fromkeys(("task?", "split?", "data?", "weights?", "time?", "version?"), str),
+        **dict.fromkeys(("model?", "experiment_dir?"), str | None),
+    },
+    "delete {file} and run the evaluation again",
+)
 ADAPTER_CONFIG = Schema(dict[str, Any], "give another folder")
-BEST_ROW = Schema(BestRowRecord, "delete {file}: a resumed run samples it again")
+BEST_ROW = Schema(
+    {
+        "fate": Literal["kept", "cut", "low"],
+        **dict.fromkeys(("prompt", "response", "rejected"), str),
+        **dict.fromkeys(("score", "rejected_score", "mean_score", "first_score"), float),
+        "n": Count,
+    },
+    "delete {file}: a resumed run samples it again",
+)

@@ -28,9 +28,7 @@ from sheeprlhf.utils.home import PICKLED, PICKLED_INDEX
 from sheeprlhf.utils.output import open_file, read_small, real_file
 
 MAX_HEADER = 10_000_000  # bytes; of 100,000 tensors it has about as many
-_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
 _NAME = re.compile(r"[\w./-]{1,512}", re.ASCII)
-_SIZED = re.compile(r"(?:BOOL|(?:BF|F|I|U)(?P<bits>8|16|32|64))(?:_E\d+M\d+(?:FNUZ)?)?")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTERS, PICKLED_ADAPTERS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MERGED = "merged_model"  # a folder, in messages
@@ -62,59 +60,21 @@ class TensorFacts(NamedTuple):
 
 def read_header(path: Path) -> dict[str, TensorFacts]:
     """The tensors that a safetensors file declares, without their bytes. Raises ValueError if it is none."""
-    with open(open_file(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        start = file.read(1)
-        if start != b"{" or length > size - 8:
-            raise ValueError("it is not a safetensors file")
-        if length > MAX_HEADER:
-            raise ValueError(f"its header has {length} bytes, more than {MAX_HEADER}")
-        text = start + file.read(length - 1)
+    from safetensors import SafetensorError, safe_open
+
+    with open(open_file(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as start:
+        length = int.from_bytes(start.read(8), "little")
+    if length > MAX_HEADER:
+        raise ValueError(f"its header has {length} bytes, more than {MAX_HEADER}")
     try:
-        entries = json.loads(text, object_pairs_hook=_unique)
-    except RecursionError as error:
-        raise ValueError("its header is nested too deeply") from error
-    entries.pop("__metadata__", None)
-    tensors, places = {}, []
-    for name, entry in entries.items():
+        with safe_open(path, framework="np") as file:  # checks that the tensors fill the file, without gaps
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+    except SafetensorError as error:
+        raise ValueError(f"it is not a safetensors file, or damaged: {error}") from error
+    for name in slices:
         if not _NAME.fullmatch(name):
             raise ValueError(f"a tensor is named {name[:80]!r}")
-        tensors[name], place = _checked(name, entry)
-        places.append(place)
-    end = 0
-    for first, last in sorted(places):
-        if first != end:
-            raise ValueError("its tensors overlap or leave gaps")
-        end = last
-    if 8 + length + end != size:
-        raise ValueError(f"it declares {8 + length + end} bytes and has {size}")
-    return tensors
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        raise ValueError("its header has a key twice")
-    return entries
-
-
-def _checked(name: str, entry: Any) -> tuple[TensorFacts, tuple[int, int]]:
-    """Check an entry; return the tensor's format and shape, and the offsets of its first byte and its end."""
-    try:
-        dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = [*shape, first, last]
-        sized = _SIZED.fullmatch(dtype)
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"its tensor {name} is not described as one") from error
-    if not all(isinstance(number, int) and 0 <= number < 1 << 62 for number in numbers) or len(shape) > 16:
-        raise ValueError(f"its tensor {name} has an odd shape or place")
-    if sized is None and dtype not in _BITS:
-        raise ValueError(f"its tensor {name} has the unknown number format {str(dtype)[:20]!r}")
-    bits = _BITS[dtype] if sized is None else int(sized["bits"] or 8)
-    if math.prod(shape) * bits != (last - first) * 8:
-        raise ValueError(f"its tensor {name} declares a shape that its bytes do not have")
-    return TensorFacts(dtype, tuple(shape)), (first, last)
+    return {name: TensorFacts(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
 def merge_advice(folder: Path) -> str:

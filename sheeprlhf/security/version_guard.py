@@ -1,7 +1,8 @@
 """Versions of libraries that must not run, as malware or as a way to run code from files; reported before they load."""
 
 import importlib.metadata
-import re
+
+from packaging.version import Version
 
 from sheeprlhf.utils.errors import ConfigError
 
@@ -16,8 +17,6 @@ FLOORS = {
     "gradio": "6.31.0",  # below 6.16 GHSA-j36p-7w88-g82j and others; 6.17.3 redirects anywhere, its cure is not known
 }
 OPTIONAL = frozenset({"gradio"})  # of one command: what lies there unused stops no other
-_NUMBERS = re.compile(r"\d+")
-_BEFORE = re.compile(r"\d\W?(a|b|c|rc|alpha|beta|pre|preview|dev)\W?\d*", flags=re.IGNORECASE)  # of a release
 
 
 def check_versions(*used: str) -> None:
@@ -42,13 +41,6 @@ def version_problem(name: str, version: str) -> str:
     if public in BANNED.get(name, ()):
         advice = f"`{instead}` and renew the secrets of this machine"
         return f"{name} {version} is malicious: it steals secrets of the machine that imports it; {advice}"
-    if floor and _order(public) < _order(floor):
+    if floor and Version(public) < Version(floor):
         return f"{name} {version} has known holes through which a file can run code: `{instead}`"
     return ""
-
-
-def _order(version: str) -> tuple[list[int], bool]:
-    """Sort key of a version: three numbers, and a release after its pre-releases."""
-    before = _BEFORE.search(version)
-    numbers = _NUMBERS.findall(version[: before.start() + 1] if before else version)
-    return [int(number) for number in (*numbers[:3], 0, 0, 0)[:3]], before is None
