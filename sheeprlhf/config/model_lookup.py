@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from sheeprlhf.config.option_checks import near_path
 from sheeprlhf.config.overrides import shell_word
 from sheeprlhf.config.path_checks import model_problem, template_problem, weights_problems
-from sheeprlhf.config.prompt_format import read_template_args
 from sheeprlhf.config.registry import choices
 from sheeprlhf.config.run_lookup import (
     REPORT_FILE,
@@ -120,7 +119,11 @@ def find_trained(
     problem = None if chat_template is None else template_problem(chat_template, key=FLAG)
     if problem:
         raise ConfigError(problem)
-    variables = None if template_args is None else read_template_args(template_args)
+    variables = None
+    if template_args is not None:
+        from sheeprlhf.utils.rendering import read_template_args
+
+        variables = read_template_args(template_args)
     if is_newest(word):
         kinds = (POLICY, REWARD_MODEL) if wanted is None else (wanted,)
         word = newest_finished(TrainConfig.root_dir, key=word, trains=kinds)
@@ -156,8 +159,8 @@ def _of_folder(word: str, folder: Path, wanted: str | None) -> Trained:
         below = sorted(path.parent for path in folder.glob("*/config.yaml"))
         did = f"did you mean {below[-1]}?" if below else "give a run (it has config.yaml) or a model (config.json)"
         raise ConfigError(f"{word} is neither a run nor a model's folder: {did}")
-    if problem := model_problem(word, weights=True):
-        raise ConfigError(problem.replace("model.repo_name=", "", 1))
+    if problem := model_problem(word, weights=True, key=""):
+        raise ConfigError(problem)
     classifies = "SequenceClassification" in str(read_json(folder, "config.json").get("architectures"))
     trains = REWARD_MODEL if classifies else POLICY
     if wanted not in (None, trains):

@@ -98,23 +98,36 @@ def model_folder(name: str) -> Path | None:
     return folder if os.path.isdir(folder) else None
 
 
-def model_problem(repo_name: str | None, *, weights: bool, tokenizer: bool = True) -> str | None:
-    """The reason that files of `model.repo_name`, with `weights` and `tokenizer`, cannot be loaded, without the hub."""
-    name = "null" if repo_name is None else repo_name
-    given = f"model.repo_name={name}"
-    folder = model_folder(name)
-    if repo_name is None or folder is None:
-        if os.path.isfile(expand_home(name)):  # unlike Path.is_file it accepts names that no file can have
-            return f"{given} is a file: give the folder that has config.json, or a hub id (owner/name)"
-        if repo_name is None or not is_hub_id(name):
-            return f"{given} is neither a folder nor a hub id (owner/name): give one of them"
-        return None
-    if not (folder / "config.json").is_file():
-        if (folder / _ADAPTER_CONFIG).is_file():
-            from sheeprlhf.security.model_folder import merge_advice
+_RUN_OF = {"reward.folder": "task.rm_experiment_dir", "model.repo_name": "task.sft_experiment_dir"}
 
-            return f"{given}: {merge_advice(folder)}"
-        return f"{given}: this folder has no config.json; give one in the hub's layout"
+
+def model_problem(
+    name: str | None, *, weights: bool, tokenizer: bool = True, key: str = "model.repo_name"
+) -> str | None:
+    """The reason that files of a model, with `weights` and `tokenizer`, cannot be loaded, without the hub."""
+    given = f"{key}={'null' if name is None else name}" if key else str(name)
+    folder = None if name is None else model_folder(name)
+    if name is None or folder is None:
+        if name is not None and os.path.isfile(expand_home(name)):  # unlike Path.is_file it takes any name
+            return f"{given} is a file: give the folder that has config.json, or a hub id (owner/name)"
+        if name is None or not is_hub_id(name):
+            did = "" if name is None else near_file(key, name)
+            return f"{given} is neither a folder nor a hub id (owner/name): {did}give one of them"
+        return None
+    run = folder.resolve().parent
+    if (folder / _ADAPTER_CONFIG).is_file():
+        from sheeprlhf.security.model_folder import merge_advice
+
+        if key in _RUN_OF and (run / "config.yaml").is_file():
+            return f"{given}: these are adapters of a run, which knows their model: give {_RUN_OF[key]}={run} instead"
+        return f"{given}: {merge_advice(folder)}"
+    if not (folder / "config.json").is_file():
+        inside, did = folder / "final", "give one in the hub's layout"
+        if key in _RUN_OF and (inside / _ADAPTER_CONFIG).is_file():
+            did = f"did you mean {shell_word(_RUN_OF[key], str(folder.resolve()))}?"
+        elif (inside / "config.json").is_file():
+            did = f"did you mean {key}={inside}?"
+        return f"{given}: this folder has no config.json: {did}"
     if tokenizer and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         return f"{given}: this folder has no tokenizer ({_TOKENIZER_FILES[0]}): copy the model's into it"
     if weights and not any((folder / file).is_file() for file in WEIGHTS_FILES):

@@ -16,10 +16,8 @@ from urllib.parse import urlsplit
 from sheeprlhf.config.option_checks import did_you_mean, nearest, not_installed, unread, url_problem
 from sheeprlhf.config.overrides import shell_word
 from sheeprlhf.config.path_checks import (
-    is_hub_id,
     is_weights_name,
     model_problem,
-    near_file,
     new_folder_problems,
     weights_problems,
 )
@@ -33,7 +31,6 @@ from sheeprlhf.config.run_lookup import (
     task_of_run,
 )
 from sheeprlhf.config.validate import unread_options
-from sheeprlhf.security.model_folder import merge_advice
 from sheeprlhf.structure.evaluation import (
     NOTHING,
     REFERENCES,
@@ -77,7 +74,6 @@ from sheeprlhf.structure.rollout import (
 )
 from sheeprlhf.structure.run import AdamWConfig, EvalConfig, GenConfig, InspectConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.memory import missing_modules
 from sheeprlhf.utils.output import link_problems
 
@@ -127,7 +123,8 @@ def reward_problems(cfg: RewardSourceConfig) -> Iterator[str]:
         if isinstance(cfg, ListRewardConfig) and MODEL not in sources:
             yield f"reward.folder={cfg.folder} is read by no term: remove it, or add the term model"
         else:
-            yield from _folder_problems(cfg.folder)
+            problem = model_problem(cfg.folder, weights=True, key="reward.folder")
+            yield from [] if problem is None else [problem]
 
 
 def _ensemble_problems(cfg: ListRewardConfig, num_models: int) -> Iterator[str]:
@@ -151,8 +148,8 @@ def _readable_terms(texts: list[str]) -> Iterator[Term | str]:
 def _terms_problems(sources: list[str]) -> Iterator[str]:
     for source in dict.fromkeys(sources):
         if (folder := term_folder(source)) is not None:
-            key = "reward.terms: model:"
-            yield from (problem.replace("reward.folder=", key) for problem in _folder_problems(folder))
+            problem = model_problem(folder, weights=True, key="reward.folder")
+            yield from [] if problem is None else [problem.replace("reward.folder=", "reward.terms: model:")]
         elif source not in (MODEL, JUDGE):
             yield from source_problems("reward.terms: ", source)
         if sources.count(source) > 1:
@@ -319,36 +316,6 @@ def _pattern_problems(key: str, pattern: str) -> Iterator[str]:
         yield f"{key}={pattern} is not a regular expression: {error}; quote and escape it"
 
 
-def _folder_problems(folder: str) -> Iterator[str]:
-    """Reasons that a reward model cannot be loaded from a folder or hub id, from local files only."""
-    given, place = f"reward.folder={folder}", expand_home(folder)
-    if place.is_dir():
-        if (place / "adapter_config.json").is_file():
-            run = place.resolve().parent
-            if (run / "config.yaml").is_file():
-                advice = f"give task.rm_experiment_dir={run} and leave reward.folder out"
-                yield f"{given}: these are adapters of a run, which knows their base model: {advice}"
-            else:
-                yield f"{given}: {merge_advice(place)}"
-            return
-        if (place / "config.json").is_file():
-            if problem := model_problem(folder, weights=True):
-                yield problem.replace("model.repo_name=", "reward.folder=", 1)
-            return
-        inside = place / "final"
-        did = "give a folder that from_pretrained loads"
-        if (inside / "adapter_config.json").is_file():
-            did = f"did you mean {shell_word('task.rm_experiment_dir', str(place.resolve()))}?"
-        elif (inside / "config.json").is_file():
-            did = f"did you mean reward.folder={inside}?"
-        yield f"{given}: this folder has no config.json: {did}"
-    elif os.path.exists(place):
-        yield f"{given} is a file: give the folder that has config.json, or a hub id (owner/name)"
-    elif not is_hub_id(folder):
-        did = near_file("reward.folder", folder)
-        yield f"{given} is neither a folder nor a hub id (owner/name): {did}give one of them"
-
-
 def online_problems(config: TrainConfig, task: OnlineTaskConfig) -> Iterator[str]:
     """Problems of an RL task."""
     model = config.model
@@ -370,8 +337,8 @@ def online_problems(config: TrainConfig, task: OnlineTaskConfig) -> Iterator[str
     if isinstance(task, DistillConfig) and task.teacher is None:
         yield "task.teacher is missing: give the folder or the hub id of the model that is learned from"
     elif isinstance(task, DistillConfig):
-        problem = model_problem(task.teacher, weights=True)
-        yield from [] if problem is None else [problem.replace("model.repo_name=", "task.teacher=")]
+        problem = model_problem(task.teacher, weights=True, key="task.teacher")
+        yield from [] if problem is None else [problem]
     elif isinstance(config.reward, NoRewardConfig):
         yield f"reward=none gives task={task.config_name} nothing to learn: give for example reward=model"
     compares = f"task={task.config_name} compares probabilities of different passes"

@@ -271,7 +271,7 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         shares = f"data.validation_split={data.validation_split} and data.test_split={data.test_split}"
         yield f"{shares} leave no row to train on: their sum must be below 1"
     if data.template_args is not None:
-        from sheeprlhf.config.prompt_format import template_arg_problems
+        from sheeprlhf.utils.rendering import template_arg_problems
 
         yield from template_arg_problems(data.template_args)
     tags = data.reasoning_tags

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.config.model_lookup import Trained
-from sheeprlhf.config.prompt_format import stored_form, write_prompt_form
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.formats import TURN
 from sheeprlhf.data.read import Row
@@ -19,7 +18,7 @@ from sheeprlhf.structure.data import (
     SummarizationConfig,
 )
 from sheeprlhf.utils.errors import DataError
-from sheeprlhf.utils.rendering import fixed_arguments
+from sheeprlhf.utils.rendering import fixed_arguments, stored_form, write_prompt_form
 
 HUMAN = "\n\nHuman:"
 QUOTES = '"""'

@@ -1,32 +1,39 @@
-"""Rendering with chat templates: the one function that applies a template, and what a template reads.
+"""Rendering with chat templates: the one function that applies a template, what a template reads, and its variables.
 
 A template may write today's date, or choose at random. The same rows must be the same tomorrow, so both are fixed here:
 the date is `FIXED_DATE` unless `data.template_args` gives another one, and random choices are always the same.
 """
 
 import json
+import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import date, datetime
 from functools import cache, lru_cache
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from jinja2 import Environment, meta, nodes
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from yaml import YAMLError, safe_load
 
 from sheeprlhf.utils.chat_templates import own_templates, template_advice
-from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.errors import ConfigError, DataError, ModelError
+from sheeprlhf.utils.output import read_small, write_file
 
 CLOCK = "strftime_now"  # the function with which templates write the date; in template_args, the date that it writes
 FIXED_DATE = "2024-07-26"  # the date that Llama 3's templates write where they know no other
 _STORED = "sheeprlhf_template_args"  # attribute of a tokenizer: the arguments that its model was trained with
 _RANDOM = re.compile(r"\b(random|lipsum)\b")  # a filter and a function of Jinja
 _fixing = Lock()
-_ARGS = "data.template_args (or --template-args)"
-_SET = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception", "namespace"}
+OPTION, FLAG = "data.template_args", "--template-args"
+FILE = "sheeprlhf.json"  # next to a tokenizer: how the prompts of the trained model are written
+_MAX_BYTES = 1 << 20
+_FORM = "sheeprlhf_form"  # attribute of a tokenizer
+_ARGS = f"{OPTION} (or {FLAG})"
 
 
 class RefusedByTemplateError(DataError):
@@ -111,11 +118,6 @@ def fixed_arguments(tokenizer: Any, template_args: Mapping[str, Any] | None) -> 
     return {**({CLOCK: FIXED_DATE} if has_clock else {}), **(given or {})}
 
 
-def set_stored_arguments(tokenizer: Any, template_args: Mapping[str, Any]) -> None:
-    """Note on a tokenizer the variables of the chat template that its model was trained with."""
-    setattr(tokenizer, _STORED, dict(template_args))
-
-
 @cache
 def template_variables(text: str) -> frozenset[str]:
     """Variables that a chat template reads and does not define itself; empty if its syntax is wrong."""
@@ -133,7 +135,12 @@ def _own_variables(text: str) -> frozenset[str]:
         return frozenset()
     stored = {node.name for node in parsed.find_all(nodes.Name) if node.ctx == "store"}
     tests = (node.node for node in parsed.find_all(nodes.Test) if node.name in ("defined", "undefined"))
-    return template_variables(text) - (stored - {node.name for node in tests if isinstance(node, nodes.Name)}) - _SET
+    return (
+        template_variables(text)
+        - {CLOCK, "namespace"}
+        - (stored - {node.name for node in tests if isinstance(node, nodes.Name)})
+        - _TAKEN
+    )
 
 
 @cache
@@ -186,3 +193,86 @@ def _parsed(text: str) -> nodes.Template | None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200]
+
+
+def write_prompt_form(folder: Path, form: str, template_args: Mapping[str, Any]) -> None:
+    """Write the file next to a tokenizer: the form, and the variables that its chat template was rendered with."""
+    content = {"form": form, "template_args": dict(template_args)}
+    write_file(folder, FILE, json.dumps(content, indent=2, ensure_ascii=False).encode())
+
+
+def read_prompt_form(folder: Path, tokenizer: Any) -> None:
+    """Note on a tokenizer what the file of its folder says, if there is one. Raises ModelError if it is damaged."""
+    if not (folder / FILE).is_file():
+        return
+    try:
+        content: Any = json.loads(read_small(folder / FILE, _MAX_BYTES))
+        template_args, form = content.get("template_args"), content.get("form")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{folder / FILE} cannot be read ({type(error).__name__}): remove it") from error
+    for problem in template_arg_problems(template_args, "template_args"):
+        raise ModelError(f"{folder / FILE}: {problem}, or remove the file")
+    setattr(tokenizer, _STORED, dict(template_args or {}))
+    setattr(tokenizer, _FORM, form if isinstance(form, str) else "")
+
+
+def stored_form(tokenizer: Any) -> str:
+    """The name of the form in which the prompts of the tokenizer's model are written; empty if no file says it."""
+    return str(getattr(tokenizer, _FORM, ""))
+
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_TAKEN = {  # given to every chat template, or to the function of transformers that renders one
+    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "sanitize_control_tokens", "tokenizer_kwargs", "raise_exception",
+}  # fmt: skip
+
+
+def template_arg_problems(given: Any, key: str = OPTION) -> Iterator[str]:
+    """Problems of variables for a chat template; `key` is the option or the flag that gives them."""
+    if given is None:
+        return
+    if not isinstance(given, dict):
+        example = f"{key}={{enable_thinking: false}}" if key == OPTION else f"{key} {{enable_thinking: false}}"
+        yield f"{key}={str(given)[:40]} is not a mapping of names to values: give for example '{example}'"
+        return
+    for name, value in given.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            yield f"{key}: {str(name)[:40]!r} is not a variable's name: use letters, digits and _"
+        elif name in _TAKEN or name.endswith("_token"):
+            yield f"{key}: {name} cannot be given: it is set for every conversation; remove it"
+        elif name == "strftime_now" and not _is_date(value):
+            yield f"{key}: strftime_now={str(value)[:40]} is not a date: give it as 2025-03-01"
+        elif not _is_plain(value):
+            yield f"{key}: {name}={str(value)[:40]} cannot be read: give text, a number, true or false"
+
+
+def read_template_args(text: str) -> dict[str, Any]:
+    """The variables that a flag gives as `{enable_thinking: false}`. Raises ConfigError if they cannot be read."""
+    try:
+        given = safe_load(text)
+    except YAMLError:
+        given = text
+    if isinstance(given, dict):
+        given = {name: str(value) if isinstance(value, date) else value for name, value in given.items()}
+    if problems := list(template_arg_problems(text if given is None else given, FLAG)):
+        raise ConfigError(*problems)
+    return dict(given)
+
+
+def _is_date(value: Any) -> bool:
+    """True if a text is a date such as 2025-03-01."""
+    try:
+        return isinstance(value, str) and str(date.fromisoformat(value)) == value
+    except ValueError:
+        return False
+
+
+def _is_plain(value: Any) -> bool:
+    """True if JSON can represent a value."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))

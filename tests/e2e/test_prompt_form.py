@@ -14,7 +14,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sheeprlhf.cli import run
 from sheeprlhf.config.model_lookup import REWARD_MODEL, find_trained
-from sheeprlhf.config.prompt_format import FILE
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.prompt_encoder import Turn
 from sheeprlhf.model.folder.load import load_tokenizer
@@ -22,6 +21,7 @@ from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.task.text_generator import load_reward_scorer, load_text_generator
 from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.rendering import FILE
 from tests.support.models import byte_tokenizer, make_model_folder
 from tests.support.runs import figures, rejected, train, train_words, write_rows
 

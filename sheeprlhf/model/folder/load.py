@@ -20,7 +20,6 @@ from transformers import (
 from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.config.path_checks import is_template_file
-from sheeprlhf.config.prompt_format import read_prompt_form
 from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.model.attention import register, use_frequencies_of_rows, use_packed_attention
 from sheeprlhf.model.folder.weights import (
@@ -43,6 +42,7 @@ from sheeprlhf.utils.end_tokens import padding_token, set_configured_end_ids
 from sheeprlhf.utils.errors import ConfigError, ModelError, Notify
 from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.output import read_small
+from sheeprlhf.utils.rendering import read_prompt_form
 from sheeprlhf.utils.vocabulary import add_special_tokens, num_rows_needed, template_tokens
 
 _END_ID_FILES = ("generation_config.json", "config.json")

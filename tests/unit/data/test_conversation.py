@@ -9,14 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sheeprlhf.config.prompt_format import read_template_args, template_arg_problems
 from sheeprlhf.data.prompt_encoder import FORMS, Asker, Turn
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.report import render_report
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.utils.errors import ConfigError, DataError
-from sheeprlhf.utils.rendering import render_chat
+from sheeprlhf.utils.rendering import read_template_args, render_chat, template_arg_problems
 from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts
 
 # Tools, calls and thoughts; the last answer has a think block, earlier ones have none.

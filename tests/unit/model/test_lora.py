@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.config.path_checks import model_problem
-from sheeprlhf.config.reward_checks import _folder_problems
 from sheeprlhf.model.adapter import add_lora, load_lora, merge_lora
 from sheeprlhf.model.folder.load import load_causal_lm, with_score_head
 from sheeprlhf.model.folder.weights import HEAD
@@ -166,7 +165,9 @@ def test_the_advice_for_adapters_alone_makes_a_whole_model(
     torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
     problem = str(model_problem(str(folder), weights=True))
-    assert problem == next(_folder_problems(str(folder))).replace("reward.folder=", "model.repo_name=")
+    assert problem == model_problem(str(folder), weights=True, key="reward.folder").replace(
+        "reward.folder", "model.repo_name"
+    )
     program, flag, script = shlex.split(problem.split("`")[1])
     assert (program, flag) == ("python", "-c")
     monkeypatch.chdir(tmp_path)
