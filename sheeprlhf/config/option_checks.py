@@ -135,20 +135,16 @@ def option_problems(option: Option) -> Iterator[str]:
         yield f"{key}={value} is not a choice: {did} may be {', '.join(metadata['choices'])}"
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, int | float) and not isinstance(number, bool):
-            yield from _range_problems(key, number, metadata)
-
-
-def _range_problems(key: str, number: float, metadata: Any) -> Iterator[str]:
-    low, high, above = metadata.get("minimum"), metadata.get("maximum"), metadata.get("above")
-    unit = f" {metadata['unit']}" if metadata.get("unit") else ""
-    if not math.isfinite(number):
-        yield f"{key}={number} must be a finite number"
-    elif low is not None and number < low:
-        yield f"{key}={number} is too small: give {low:.12g}{unit} or more"
-    elif above is not None and number <= above:
-        yield f"{key}={number} is too small: give more than {above:.12g}{unit}"
-    elif high is not None and number > high:
-        yield f"{key}={number} is too large: give {high:.12g}{unit} or less"
+            low, high, above = (metadata.get(name) for name in ("minimum", "maximum", "above"))
+            unit = f" {metadata['unit']}" if metadata.get("unit") else ""
+            if not math.isfinite(number):
+                yield f"{key}={number} must be a finite number"
+            elif low is not None and number < low:
+                yield f"{key}={number} is too small: give {low:.12g}{unit} or more"
+            elif above is not None and number <= above:
+                yield f"{key}={number} is too small: give more than {above:.12g}{unit}"
+            elif high is not None and number > high:
+                yield f"{key}={number} is too large: give {high:.12g}{unit} or less"
 
 
 def sweep_problems(parsed: list[Override]) -> list[str]:

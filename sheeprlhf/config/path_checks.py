@@ -329,17 +329,16 @@ def _check_splits(key: str, name: str, files: Sequence[Path], folder: Path) -> N
     )
 
 
-def _is_data(path: str) -> bool:
-    return os.path.exists(path) or (glob.has_magic(path) and bool(glob.glob(path, recursive=True)))
-
-
 _KINDS: dict[str, Callable[[str], bool]] = {
     # else a hub id, or a word
     **dict.fromkeys(("model.repo_name", "model.adapter", "data.dataset_name"), os.path.isdir),
     **dict.fromkeys(("reward.folder", "task.teacher"), os.path.isdir),
     **dict.fromkeys(("task.sft_experiment_dir", "task.rm_experiment_dir", "task.against"), os.path.isdir),
     **dict.fromkeys(("experiment_dir", "resume_from"), os.path.isdir),
-    **dict.fromkeys(("data.train_file", "data.validation_file", "data.test_file"), _is_data),
+    **dict.fromkeys(
+        ("data.train_file", "data.validation_file", "data.test_file"),
+        lambda path: os.path.exists(path) or bool(glob.glob(path, recursive=True)),
+    ),
     "data.mix": lambda _: False,  # its datasets have options with paths
     "model.chat_template": lambda path: is_template_file(path) and os.path.isfile(path),
     **dict.fromkeys(("data.cache_dir", "root_dir"), lambda _: True),  # made where they are missing

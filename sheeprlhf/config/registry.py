@@ -210,7 +210,8 @@ def apply_dry_run(config: TrainConfig | EvalConfig) -> TrainConfig | EvalConfig:
         size = max(1, min(task.rollout_size, 16) // group) * group
         of_step = max(1, min(task.mini_batch_size, size) // group) * group
         little |= {"rollout_size": size, "mini_batch_size": of_step, "num_iterations": 1}
-    task = replace(task, **{name: value for name, value in little.items() if name not in task.unread})
+    unread = {*task.unread, "epochs"} if getattr(data, "streaming", False) else task.unread
+    task = replace(task, **{name: value for name, value in little.items() if name not in unread})
     cache = min(config.reward.overlong_buffer, generation.max_new_tokens)
     reward = replace(config.reward, overlong_buffer=cache)
     return replace(config, data=data or config.data, generation=generation, task=task, reward=reward)

@@ -15,12 +15,7 @@ from urllib.parse import urlsplit
 
 from sheeprlhf.config.option_checks import did_you_mean, nearest, not_installed, unread, url_problem
 from sheeprlhf.config.overrides import shell_word
-from sheeprlhf.config.path_checks import (
-    is_weights_name,
-    model_problem,
-    new_folder_problems,
-    weights_problems,
-)
+from sheeprlhf.config.path_checks import is_weights_name, model_problem, new_folder_problems, weights_problems
 from sheeprlhf.config.registry import choices, config_to_dict
 from sheeprlhf.config.run_lookup import (
     is_run_alias,
@@ -407,11 +402,6 @@ def _best_of_n_problems(config: TrainConfig) -> Iterator[str]:
         changed = {key: now for key, now in changed.items() if now != getattr(default, key.partition(".")[2])}
         for key, now in changed.items() if type(value) is type(default) else [(group, value.config_name)]:
             yield unread(f"{key}={now}", "by task=best_of_n, which learns nothing")
-    if config.reward.normalize:
-        yield NORMALIZED
-
-
-NORMALIZED = "reward.normalize=true: scores by running moments cannot be compared: give reward.normalize=false"
 
 
 def overlong_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
@@ -454,8 +444,6 @@ def eval_problems(config: EvalConfig) -> Iterator[str]:
             give = " and ".join(f"{name}=<{', '.join(choices(name))}>" for name in missing)
             yield f"nothing to evaluate: give experiment_dir=<run directory>, or {give}"
         yield from new_folder_problems("output_dir", config.output_dir)
-    if config.task.data_split == "reward" and config.data is not None and config.data.reward_model_split == 0:
-        yield "task.data_split=reward is empty with data.reward_model_split=0: give another split"
     if isinstance(config.task, FrontierConfig) and config.task.model_name != EvalTaskConfig.model_name:
         yield unread(f"task.model_name={config.task.model_name}", "by task=frontier, which takes all")
     elif not is_weights_name(config.task.model_name):
@@ -466,14 +454,12 @@ def eval_problems(config: EvalConfig) -> Iterator[str]:
 
 def _reward_problems(config: EvalConfig) -> Iterator[str]:
     """A reward that nothing reads, or that cannot score; a comparison with nothing."""
-    reward, task = config.reward, config.task
+    task = config.task
     if task.writes != "samples":
         yield from unread_options(config, "reward")
         return
     yield from start_problems(config)
     yield from model_score_problems(config)
-    if reward.normalize:
-        yield NORMALIZED
     yield from overlong_problems(config)
     if isinstance(task, RewardConfig):
         yield from _against_problems(config, task.against)

@@ -161,8 +161,12 @@ def resolve_runs(config: RootConfig, given_dir: str | None) -> RootConfig:
                 same = _with_options_of_start(same)
                 if config_hash(same) == run.info.get("config_hash"):
                     return same
-    found = {key: _newest(config, TASKS[key], repo_name) for key in words}
-    settled: dict[str, str | None] = {key: str(run.absolute()) for key, run in found.items() if run is not None}
+    settled: dict[str, str | None] = {}
+    for run in _runs(config.root_dir, finished=True):  # a dry run only for dry runs
+        for key in words:
+            same_task = key not in settled and run.info.get("task") == TASKS[key]
+            if same_task and _has_model(run, repo_name, dry_run=config.dry_run):
+                settled[key] = str(run.dir.absolute())
     if START not in settled and _begins_without(config):
         settled[START] = None
     return _with_options_of_start(_changed(config, settled) if settled else config)
@@ -245,14 +249,6 @@ def _resumable(config: TrainConfig, given_dir: str | None) -> list[FoundRun]:
     if (folder := config.resume_from or (given_dir if config.resume else None)) is not None:
         return [FoundRun(Path(folder), read_run(Path(folder)))]
     return find_runs(config.root_dir) if config.resume else []
-
-
-def _newest(config: Needy, task: str, repo_name: str | None) -> Path | None:
-    """The newest finished run of a task on a model; a dry run only for dry runs."""
-    for run in _runs(config.root_dir, finished=True):
-        if run.info.get("task") == task and _has_model(run, repo_name, dry_run=config.dry_run):
-            return run.dir
-    return None
 
 
 def _runs(root_dir: str, *, finished: bool) -> Iterator[FoundRun]:

@@ -36,19 +36,21 @@ def content_problems(base: DictConfig, parsed: list[Override]) -> list[str]:
     given = {override.key_or_group for override in parsed}
     if OmegaConf.select(base, "words", default=None) and "words" not in given:
         problems.append("words is set by a file: only the command line may; a recipe has stages and common")
-    trusted = OmegaConf.select(base, _TRUST, default=False)
-    if trusted and _TRUST not in given:
-        problems.append(f"{_TRUST}=true is set by a file: only the command line may; give it there")
-    for key, text in _leaves(OmegaConf.to_container(base, resolve=False), ""):
-        if not isinstance(text, str):
-            continue
-        if key in _FUNCTIONS and key not in given and is_users_own(text.rpartition("*")[2]):
-            problems.append(f"{key} names the function {text} in a file: only the command line may; give it there")
-        if key in _RECEIVERS and key not in given:
-            problems.append(f"{key}={text} is set by a file: only the command line may; give it there")
-        if _RESOLVER.search(text):
-            problems.append(f"{key}={text} asks for something outside the configuration: write the value instead")
+    for key, value in _leaves(OmegaConf.to_container(base, resolve=False), ""):
+        if key not in given and value is not None and (problem := _leaf_problem(key, value)):
+            problems.append(problem)
+        if isinstance(value, str) and _RESOLVER.search(value):
+            problems.append(f"{key}={value} asks for something outside the configuration: write the value instead")
     return problems
+
+
+def _leaf_problem(key: str, value: Any) -> str | None:
+    """The reason that a file may not set an option to a value; None if it may."""
+    if key in _RECEIVERS or (key == _TRUST and value):
+        return f"{key}={value} is set by a file: only the command line may; give it there"
+    if key in _FUNCTIONS and is_users_own(str(value).rpartition("*")[2]):
+        return f"{key} names the function {value} in a file: only the command line may; give it there"
+    return None
 
 
 def word_problem(word: str) -> str | None:
@@ -66,12 +68,9 @@ def word_problem(word: str) -> str | None:
     if re.split(r"[./@]", key)[0] == "hydra" or override.package is not None:
         return f"{key} is set by a file: only the command line may set it"
     for inner, leaf in _leaves(value, key):
-        text = str(leaf)
-        if inner == _TRUST or inner in _RECEIVERS:
-            return f"{inner} is set by a file: only the command line may set it"
-        if inner in _FUNCTIONS and is_users_own(text.rpartition("*")[2]):
-            return f"{inner} names the function {text} in a file: only the command line may; give it there"
-        if "${" in text:
+        if problem := _leaf_problem(inner, leaf):
+            return problem
+        if "${" in str(leaf):
             return f"{inner} has an interpolation in a file: write the value instead"
     return None
 

@@ -34,7 +34,7 @@ from sheeprlhf.structure.data import REASONING_TAGS, DataConfig, LayoutDataConfi
 from sheeprlhf.structure.evaluation import EvalTaskConfig
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.reward import AutoRewardConfig, RewardSourceConfig
-from sheeprlhf.structure.rollout import BestOfNConfig, LocalRolloutConfig, OnlineTaskConfig
+from sheeprlhf.structure.rollout import LocalRolloutConfig, OnlineTaskConfig
 from sheeprlhf.structure.run import (
     TRACKER_MODULES,
     AdamW8bitConfig,
@@ -365,8 +365,6 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         starts_elsewhere = config.task.sft_experiment_dir is not None
     if config.model.freeze_transformer and starts_elsewhere and config.task.trains != "reward model":
         yield unread("model.freeze_transformer=true", f"by task={name}", "model.finetune_mode=LORA")
-    if isinstance(config.data, LayoutDataConfig) and config.data.streaming:
-        yield from _streaming_problems(config)
     if config.data.reasoning == "mask" and config.task.trains == "reward model":
         yield unread("data.reasoning=mask", f"by task={name}, which scores whole responses", "data.reasoning=remove")
     if config.model.neftune_alpha is not None and not isinstance(config.task, SFTConfig):
@@ -386,8 +384,6 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
     else:
         yield from unread_options(config, "generation.engine", "reward")
         yield from _rollout_problems(config)
-    if config.task.config_name == "sft" and config.data.reward_model_split == 1:
-        yield "data.reward_model_split=1 leaves no row to fine-tune on: give for example data.reward_model_split=0.5"
     if config.resume_from is not None and not Path(config.resume_from).is_dir():
         near = near_path(config.resume_from)
         did = f"did you mean resume_from={near}?" if near else "give that of an earlier run;"
@@ -409,8 +405,6 @@ def _step_problems(config: TrainConfig) -> Iterator[str]:
         yield f"data={config.data.config_name} has no steps with labels, which task=prm learns: give data=local or hub"
     elif not 0 < len(separator) <= 100:
         yield "data.step_separator must be a text of 1 to 100 characters: give for example one line break, '\\n'"
-    if config.data.reasoning != "train":
-        yield unread(f"data.reasoning={config.data.reasoning}", "by task=prm")
 
 
 def _rollout_problems(config: TrainConfig | InspectConfig) -> Iterator[str]:
@@ -418,21 +412,6 @@ def _rollout_problems(config: TrainConfig | InspectConfig) -> Iterator[str]:
         from sheeprlhf.config.reward_checks import environment_problems
 
         yield from environment_problems(config)
-
-
-def _streaming_problems(config: TrainConfig) -> Iterator[str]:
-    """Problems of a run whose training rows are prepared during training."""
-    task = config.task
-    if isinstance(task, BestOfNConfig):
-        yield unread("data.streaming=true", "by task=best_of_n, which reads each prompt once")
-        return
-    if task.epochs != type(task).epochs:
-        yield unread(f"task.epochs={task.epochs}", "with data.streaming=true", "task.max_num_steps")
-    if isinstance(task, OnlineTaskConfig) and getattr(config.reward, "template", "plain") == "chat":
-        yield (
-            "data.streaming=true and reward.template=chat contradict, as the reward model's prompts are made of all "
-            "rows before training: give reward.template=plain or data.streaming=false"
-        )
 
 
 def _log_problems(config: TrainConfig) -> Iterator[str]:
@@ -540,6 +519,7 @@ _READ_WITH = {  # options, separated by spaces, and the conditions without which
     "reward.uncertainty_coeff": "reward.combine=uncertainty",
     "rollout.max_turns rollout.step_timeout rollout.num_processes rollout.max_result_length": "rollout.environment",
     "rollout.sync_dir": "rollout.sync!=nccl",
+    "task.epochs": "data.streaming=false",
     "task.early_stopping_patience task.early_stopping_direction": "task.early_stopping_metric",
     "task.label_smoothing": "task.loss_type=sigmoid|robust|exo|aot|aot_unpaired",
     "task.simpo_gamma": "task.loss_type=simpo",
@@ -574,6 +554,9 @@ _CONFLICTS = (  # two conditions that exclude each other, the reason where it is
     (f"{_FSDP} {_LORA}", "model.lora_cfg.modules_to_save", "not tested", _DDP),
     (_FSDP, "fabric.precision=64-true", "", "give fabric.precision=32-true"),
     ("generation.do_sample", "generation.num_beams!=1", "one samples, one searches", "give generation.num_beams=1"),
+    ("task.config_name=best_of_n|reward|frontier", "reward.normalize", "scores change", "give reward.normalize=false"),
+    ("task.data_split=reward", "data.reward_model_split=0", "it is empty", "give another split"),
+    ("rollout.environment", "generation.num_beams!=1", "", "remove one of them"),
     ("reward.step_score=each", "reward.normalize", "it is of whole responses", "remove one of them"),
     ("reward.step_score=each", "reward.clip!=null", "it is of whole responses", "remove one of them"),
     ("reward.step_score=each", "reward.combine!=sum", "there is no single score", "give reward.combine=sum"),
@@ -599,5 +582,14 @@ _TRAIN_CONFLICTS = (
     ("data.reasoning=mask", "task.completion_only_loss=false", "that learns all tokens", "give one of the two"),
     ("data.streaming", "task.max_num_steps=null", "the number of rows is unknown", "give task.max_num_steps"),
     ("rollout.environment", "generation.engine!=native", "", "give generation.engine=native"),
+    ("data.streaming", "task.config_name=best_of_n", "it reads each prompt once", "remove data.streaming"),
+    ("data.streaming", "reward.template=chat", "it needs all rows before training", "give reward.template=plain"),
+    ("data.reasoning!=train", "task.config_name=prm", "", "remove data.reasoning"),
+    (
+        "data.reward_model_split=1",
+        "task.config_name=sft",
+        "no row is left",
+        "give for example data.reward_model_split=0.5",
+    ),
     ("resume", "resume_from", "these are two runs", "give one of them"),
 )

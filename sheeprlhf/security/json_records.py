@@ -227,10 +227,7 @@ _SPLIT = {  # all other fields are counts, too
     **dict.fromkeys(("dropped?", "truncated?", "unused?", "labels?"), dict[str, Count]),
     **{"first_dropped?": dict[str, str], "tokens?": dict[str, dict[str, float]], "eos_share?": float | None},
 }
-_REPORT = {
-    "splits": _each(_SPLIT),
-    **{"columns?": dict[str, dict[str, Any]], "mix?": list[dict[str, Any]]},
-}
+_REPORT = {"splits": _each(_SPLIT), **{"columns?": dict[str, dict[str, Any]], "mix?": list[dict[str, Any]]}}
 DATA_REPORT = Schema(  # also of an earlier version
     {**_REPORT, "name?": str, "kind?": str, "notes?": list[str]}, "delete {file}: a resumed run writes it again"
 )

@@ -254,10 +254,7 @@ class KTOConfig(PolicyConfig, ReferenceConfig, TrainTaskConfig):
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.kto:train"
     data_kind: ClassVar[str] = "unpaired"
-    val_metrics: ClassVar[tuple[str, ...]] = (
-        *("loss", *_PAIR_METRICS[:3]),
-        *("logps/chosen", "logps/rejected", "kl"),
-    )
+    val_metrics: ClassVar[tuple[str, ...]] = (*("loss", *_PAIR_METRICS[:3]), *("logps/chosen", "logps/rejected", "kl"))
     train_splits: ClassVar[tuple[str, ...]] = ("train", "reward")
 
     config_name: str = "kto"

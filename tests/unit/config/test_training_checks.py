@@ -100,6 +100,7 @@ def test_wandb_needs_a_login_or_its_offline_mode(tmp_path: Path, monkeypatch: py
         "task=sft task.lr_warmup_ratio=0.3 optim.schedule=wsd optim.decay_ratio=0.7",
         "task=dpo task.early_stopping_metric=rewards/accuracies task.early_stopping_patience=1",
         "task=rloo task.early_stopping_metric=scores/length task.early_stopping_direction=lowest data.shuffle=false",
+        "task=sft data=hub data.dataset_name=a/b data.streaming=true dry_run=true",
     ],
 )
 def test_it_is_accepted(words: str) -> None:
