@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data._utils.pin_memory import pin_memory
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -70,7 +71,7 @@ class Batches:
 
     Args:
         fabric: tells this rank from the others.
-        options: `mini_batch_size`, `token_budget`, and `micro_batch_size` where the task has it.
+        options: `mini_batch_size`, `token_budget`, and `micro_batch_size` and `pin_memory` where the task has them.
         packed: lay rows end to end; else pad them.
         targets: "response" or "all", the tokens to predict.
         num_items: what a step's loss is divided by, counted in one batch; by default its targets.
@@ -99,6 +100,7 @@ class Batches:
         )
         self._num_items = num_items
         self._extras = extras
+        self._pins = getattr(options, "pin_memory", False) and fabric.device.type == "cuda"
 
     def of(self, split: Rows, rows: np.ndarray) -> list[MicroBatch]:
         """This rank's micro-batches of some rows of a split; may be none."""
@@ -121,6 +123,8 @@ class Batches:
     def _collated(self, split: Rows, part: list[int]) -> MicroBatch:
         batch = self._collate(split.examples(part))
         content = batch if self._extras is None else (batch, self._extras(split, part))
+        if self._pins:  # Fabric copies without waiting; from other memory the driver would wait all the same
+            content = pin_memory(content)
         return MicroBatch(content, self._num_items(batch), batch.row_ids)
 
 

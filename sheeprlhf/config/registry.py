@@ -68,7 +68,7 @@ NOT_IN_HASH = frozenset(
     {
         *("resume", "resume_from", "debug", "root_dir", "output_dir", "experiment", "log", "log_project"),
         *("data.cache_dir", "data.num_proc", "task.num_workers", "task.num_sample_prompts"),
-        *("task.save_rollouts", "task.async_checkpoints", "reward.num_workers", "reward.timeout"),
+        *("task.pin_memory", "task.save_rollouts", "task.async_checkpoints", "reward.num_workers", "reward.timeout"),
         "task.max_skipped_steps",  # which without it end the run
         *PERFORMANCE_ONLY_OPTIONS,
         *("fabric.config_name", "fabric.accelerator", "fabric.devices", "fabric.num_nodes", "fabric.strategy"),

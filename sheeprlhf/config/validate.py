@@ -569,6 +569,7 @@ _CONFLICTS = (  # two conditions that exclude each other, the reason where it is
     ("rollout.sync=nccl", "fabric.accelerator!=cuda", "", "give rollout.sync=folder or fabric=auto_cuda"),
     ("rollout.max_staleness", "task.max_resamples", "it takes the newest weights", "give rollout.max_staleness=0"),
     ("task.group_baseline", "task.num_generations=1", "it compares", "give for example task.num_generations=4"),
+    ("task.pin_memory", "fabric.accelerator=cpu", "a CPU copies nothing", "remove task.pin_memory"),
     ("task.ema_decay", "model.dtype!=float32", "rounding loses it", f"give model.dtype=float32 {_MIXED}"),
     ("optim.nesterov", "optim.momentum=0", "", "give for example optim.momentum=0.9"),
     ("task.max_ratio", "task.loss_type=cispo", "it has task.clip_high", "remove task.max_ratio"),

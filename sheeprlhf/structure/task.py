@@ -34,6 +34,7 @@ class TrainTaskConfig(Config):
         choices=("auto", "packed", "padded"),
     )
     num_workers: int = option(0, "Threads that collate batches ahead; 0 collates in the training thread.", minimum=0)
+    pin_memory: bool = option(False, "Collate batches in pinned memory, copied while the device computes; CUDA only.")
     max_grad_norm: Optional[float] = option(1.0, "Largest gradient norm; null does not clip.", above=0.0)
     max_skipped_steps: int = option(
         0,

@@ -5,7 +5,9 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from lightning.fabric import Fabric
+from torch.utils._pytree import tree_leaves
 
 from sheeprlhf.agent.batches import Batches, longest_row
 from sheeprlhf.data.example import Example
@@ -64,6 +66,26 @@ def test_every_row_once_within_the_budget(packed: bool, world_size: int, options
             num_targets += micro.num_items
     assert sorted(seen) == sorted(asked)
     assert num_targets == sum(len(held.examples([row])[0].responses[0]) for row in asked)
+
+
+@pytest.mark.parametrize(("pins", "device"), [(True, "cuda"), (False, "cuda"), (True, "cpu")])
+def test_all_tensors_of_a_micro_batch_are_pinned_if_asked(
+    pins: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split, _ = rows(6)
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    fabric = cast(Fabric, SimpleNamespace(global_rank=0, world_size=1, strategy=None, device=torch.device(device)))
+    options = SimpleNamespace(mini_batch_size=4, token_budget=1000, pin_memory=pins)
+    cut = Batches(fabric, options, packed=True, targets="response", extras=lambda _, part: torch.ones(len(part)))
+    moved = [x for micro in cut.of(split, np.arange(6)) for x in tree_leaves(micro.batch) if torch.is_tensor(x)]
+    expected = [id(tensor) for tensor in pinned]
+    assert len(moved) > 20 and (expected == [id(x) for x in moved] if pins and device == "cuda" else not expected)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -243,6 +243,7 @@ BAD = [
     ("train task=grpo reward=model reward.folder=@/none reward.step_score=each", ["reward.step_score=each", "min"]),
     ("train task=grpo task.max_ratio=1.1", ["task.max_ratio=1.1", "1.2"]),
     ("train task=reinforce_pp task.group_baseline=true", ["task.num_generations=4"]),
+    ("train task=sft task.pin_memory=true", ["task.pin_memory", "fabric.accelerator=cpu"]),
     ("train task=dpo task.loss_type=exo", ["task.label_smoothing=0.001"]),
     ("train task=dpo task.loss_type=ipo task.f_divergence=js", ["task.f_divergence=js", "discopop"]),
     ("train task=dpo task.f_alpha=0.3", ["task.f_divergence=alpha"]),
