@@ -17,7 +17,8 @@ from sheeprlhf.data.sampler import cut_micro_batches
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.shard import data_rank
 from sheeprlhf.engine.step import MicroBatch
-from sheeprlhf.model.attention import packing_limit, tolerance
+from sheeprlhf.model.attention import tolerance
+from sheeprlhf.model.folder.architecture import packing_limit
 from sheeprlhf.model.lm_head import TokenLogprobs
 from sheeprlhf.utils.errors import ModelError, Notify
 from sheeprlhf.utils.lightning import Fabric, move_data_to_device

@@ -189,21 +189,6 @@ def router_logits_of(backbone: nn.Module, real_BT: Tensor | None) -> Iterator[li
             hook.remove()
 
 
-def configured_router_loss(model: PreTrainedModel, left_out_by: str = "", say: Notify = lambda _: None) -> float:
-    """The coefficient of the router's loss that a model's configuration asks for, else 0.
-
-    A line says that the task `left_out_by` trains without it.
-    """
-    config = model.config.get_text_config()
-    coefficient = getattr(config, "router_aux_loss_coef", None) or 0.0
-    if not coefficient or not getattr(config, "output_router_logits", False):
-        return 0.0
-    if left_out_by:
-        asked = f"output_router_logits, router_aux_loss_coef={coefficient:g}"
-        say(f"the model's config asks for the router's loss ({asked}): task={left_out_by} trains without it")
-    return float(coefficient)
-
-
 def hidden_at_head(backbone: nn.Module, batch: Batch) -> Tensor:
     """(R, C) last hidden states of a model without its head, where the batch's head runs."""
     if batch.layout is None:

@@ -45,9 +45,8 @@ from sheeprlhf.data.report import (
     why_none_left,
 )
 from sheeprlhf.data.rows import STEPS
-from sheeprlhf.data.sampler import in_order
 from sheeprlhf.data.source import download, progress_bar, release
-from sheeprlhf.data.store import SplitWriter, TokenizedSplit
+from sheeprlhf.data.store import SplitWriter, TokenizedSplit, in_order
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import DataConfig, KeptColumns, LayoutDataConfig, MixDataConfig
 from sheeprlhf.utils.errors import DataError, Notify, SheepError

@@ -1,10 +1,7 @@
 """The rows of an optimizer step as a pure function of (seed, step); each rank takes its share of them."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -138,30 +135,3 @@ def cut_micro_batches(
         batches[-1].append(row)
         room -= size
     return batches
-
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-def load_ahead(load: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """`load(item)` for every item, in order, by threads a few items ahead; without workers, when it is asked for."""
-    if workers == 0:
-        yield from map(load, items)
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="load-ahead")
-    try:
-        yield from in_order((pool.submit(load, item) for item in items), 2 * workers)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def in_order(futures: Iterable[Future[R]], ahead: int) -> Iterator[R]:
-    """The results of futures in their order; at most `ahead` more are submitted than are asked for."""
-    waiting: deque[Future[R]] = deque()
-    for future in futures:
-        waiting.append(future)
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +21,7 @@ from sheeprlhf.utils import home
 from sheeprlhf.utils.errors import DataError, RecordError
 from sheeprlhf.utils.output import create_file
 
+T, R = TypeVar("T"), TypeVar("R")
 REPORT = "report.json"
 DIGESTS = "digests.json"
 SCHEMA = pa.schema(
@@ -299,3 +302,26 @@ def mismatched_rows(prompts_N: np.ndarray) -> np.ndarray:
     same_N = prompts_N[partners_N] == prompts_N
     partners_N[same_N] = next_start_N[partners_N[same_N]]
     return partners_N
+
+
+def load_ahead(load: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """`load(item)` for every item, in order, by threads a few items ahead; without workers, when it is asked for."""
+    if workers == 0:
+        yield from map(load, items)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="load-ahead")
+    try:
+        yield from in_order((pool.submit(load, item) for item in items), 2 * workers)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def in_order(futures: Iterable[Future[R]], ahead: int) -> Iterator[R]:
+    """The results of futures in their order; at most `ahead` more are submitted than are asked for."""
+    waiting: deque[Future[R]] = deque()
+    for future in futures:
+        waiting.append(future)
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from sheeprlhf.config.overrides import shell_word
-from sheeprlhf.model.attention import no_router_logits, outgrows_cache
+from sheeprlhf.model.attention import no_router_logits
+from sheeprlhf.model.folder.architecture import outgrows_cache
 from sheeprlhf.rollout.padded_decoders import unpacked_decoder
 from sheeprlhf.rollout.sampler import Sampled, prompt_groups
 from sheeprlhf.structure.run import GenConfig

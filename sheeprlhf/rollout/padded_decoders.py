@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from sheeprlhf.model.attention import logits_at, no_router_logits, outgrows_cache, packing_limit, tolerance
+from sheeprlhf.model.attention import logits_at, no_router_logits, tolerance
+from sheeprlhf.model.folder.architecture import outgrows_cache, packing_limit
 from sheeprlhf.rollout.sampler import Decoder, cache_name
 
 

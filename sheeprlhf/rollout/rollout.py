@@ -35,7 +35,6 @@ from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import AdapterValueModel, RewardModel
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.tokenize import StepFinder, TextExchange
-from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.shard import data_rank, equal_passes, gathered
 from sheeprlhf.loss.advantage import by_position
 from sheeprlhf.loss.reward import combine_steps
@@ -44,10 +43,10 @@ from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.rollout.sampler import Sampled, engine_of
 from sheeprlhf.rollout.sources import Episode, EpisodeSource, ServerSource, episode_metrics, sampled_of
 from sheeprlhf.structure.reward import EPISODE_COLUMNS
-from sheeprlhf.structure.rollout import DistillConfig, OnlineTaskConfig, PPOConfig, ReinforcePPConfig
+from sheeprlhf.structure.rollout import OnlineTaskConfig, PPOConfig, ReinforcePPConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
-from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError, RolloutMismatchError
+from sheeprlhf.utils.errors import NonFiniteError, RewardError, RolloutMismatchError
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode, isolated_rng
@@ -55,7 +54,6 @@ from sheeprlhf.utils.modes import eval_mode, isolated_rng
 SampledT = TypeVar("SampledT")
 JUDGE_FAILURES = "objective/judge_failures"  # responses of a rollout that the judge gave no score
 _MAX_SHOWN_ROWS = 20
-_HALF_PRECISION_ERROR = 0.1  # nats a token: bf16 rounds logits of 20 to eighths, in another order with a cache
 _MAX_IMPORTANCE = 2.0  # of a token that was sampled with older weights
 _PROBED_PROMPTS = 8  # whose responses show that servers have the weights
 
@@ -578,45 +576,6 @@ class RolloutCollector:
         moments = {name.removeprefix("reward_"): value for name, value in saved.items() if name.startswith("reward_")}
         if moments:
             self._reward.moments = RunningMoments(**moments)
-
-
-def check_sampler(run: Run, collect: RolloutCollector, rollout: Rollout) -> None:
-    """All ranks, before the first step: check that sampler, training forward and reference agree on each token.
-
-    The ratio of new to old probability is 1 then, and the KL to the reference 0, unless that is a teacher.
-
-    Raises:
-        ModelError: they differ by more than rounding, and `task.self_check` is "error".
-    """
-    task, precision = run.cfg.task, run.cfg.fabric.precision
-    assert isinstance(task, OnlineTaskConfig)
-    tolerance = 1e-5 if precision == "32-true" else 2e-2
-    sampler_tolerance = 1e-5 if precision == "32-true" else _HALF_PRECISION_ERROR
-    if collect.servers is not None:  # every rollout is compared with rollout.tolerance
-        sampler_tolerance = math.inf
-    sampled_N = rollout.flat("sampled")
-    trained_N = collect.logprobs(collect.policy, rollout, "self-check")
-    others = (rollout.flat(name) for name in ("sampled", "logprobs", "reference"))
-    sampler, ratio, kl = (float((trained_N - other_N).abs().mean()) for other_N in others)
-    problem = ""
-    if not sampler <= sampler_tolerance or not ratio <= tolerance:
-        limit = sampler_tolerance if sampler > sampler_tolerance else tolerance
-        problem = (
-            f"what was sampled has log-probabilities {max(sampler, ratio):.2g} nats a token from those that training "
-            f"computes, more than {limit:g}: something besides weights and tokens changes them (random numbers in the "
-            "model's code, positions, a cache), and a ratio of new to old probability means nothing"
-        )
-    elif not kl <= tolerance and not isinstance(task, DistillConfig):
-        problem = (
-            f"before the first step the policy's log-probabilities are {kl:.2g} nats a token from the reference's, "
-            f"more than {tolerance:g}: the reference is not what training starts from"
-        )
-    elif not float(-sampled_N.mean()) > 0:
-        problem = "the policy has no entropy: every token is certain, so nothing else is ever tried"
-    if problem and task.self_check == "error":
-        raise ModelError(f"{problem}; or give task.self_check=warn")
-    if problem:
-        run.say(f"warning: {problem}")
 
 
 class TermModel(NamedTuple):

@@ -23,12 +23,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sheeprlhf.data.example import layout_of
-from sheeprlhf.model.attention import (
-    Variant,
-    kernel_dtype,
-    packing_limit,
-    placeholder_mask,
-)
+from sheeprlhf.model.attention import Variant, kernel_dtype, placeholder_mask
+from sheeprlhf.model.folder.architecture import packing_limit
 from sheeprlhf.model.lm_head import at_tails, backbone_and_head, last_block_at_tails
 from sheeprlhf.utils.lightning import move_data_to_device
 from sheeprlhf.utils.memory import phase

@@ -32,10 +32,10 @@ from sheeprlhf.engine.rundir import mark_finished, same_data
 from sheeprlhf.engine.shard import assemble, data_rank, gathered, is_sharded
 from sheeprlhf.reward.score import RawScores, Texts
 from sheeprlhf.rollout.engines import generate_responses
-from sheeprlhf.rollout.rollout import Rollout
+from sheeprlhf.rollout.rollout import Rollout, RolloutCollector, distinct_bigrams
 from sheeprlhf.security.json_records import DATA_REPORT, load_json
 from sheeprlhf.structure.reward import AutoRewardConfig
-from sheeprlhf.structure.rollout import OnlineTaskConfig, environment_of
+from sheeprlhf.structure.rollout import DistillConfig, OnlineTaskConfig, environment_of
 from sheeprlhf.structure.run import GenConfig, TrainConfig
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.task.memory_plan import step_plan
@@ -49,6 +49,10 @@ from sheeprlhf.utils.output import safe_path, write_file
 ROLLOUTS = "rollouts"  # folder with one parquet file for each saved rollout, with a row for each response
 TERM = "reward/"  # prefix of its columns with the unweighted scores of each term of the reward
 _ROWS_PER_GROUP = 256
+_HALF_PRECISION_ERROR = 0.1  # nats a token: bf16 rounds logits of 20 to eighths, in another order with a cache
+VALIDATION = (1 << 32) - 1  # number of the validation's rollout: it samples with numbers that no training rollout has
+_MIN_KL = -1.0  # nats a response, which sampling alone does not reach
+_MAX_PERPLEXITY_GROWTH = 1.5  # over the first perplexity of the data's own responses, before a warning
 
 
 class Saved(Protocol):
@@ -264,3 +268,87 @@ def rollout_table(rollout: Rollout, texts: Texts, raw: RawScores, number: int, s
         values = np.split(rollout.flat(name).numpy(), borders)
         columns[name] = pa.array(values, pa.list_(pa.float32()))
     return pa.table(columns)
+
+
+def check_sampler(run: Run, collect: RolloutCollector, rollout: Rollout) -> None:
+    """All ranks, before the first step: check that sampler, training forward and reference agree on each token.
+
+    The ratio of new to old probability is 1 then, and the KL to the reference 0, unless that is a teacher.
+
+    Raises:
+        ModelError: they differ by more than rounding, and `task.self_check` is "error".
+    """
+    task, precision = run.cfg.task, run.cfg.fabric.precision
+    assert isinstance(task, OnlineTaskConfig)
+    tolerance = 1e-5 if precision == "32-true" else 2e-2
+    sampler_tolerance = 1e-5 if precision == "32-true" else _HALF_PRECISION_ERROR
+    if collect.servers is not None:  # every rollout is compared with rollout.tolerance
+        sampler_tolerance = math.inf
+    sampled_N = rollout.flat("sampled")
+    trained_N = collect.logprobs(collect.policy, rollout, "self-check")
+    others = (rollout.flat(name) for name in ("sampled", "logprobs", "reference"))
+    sampler, ratio, kl = (float((trained_N - other_N).abs().mean()) for other_N in others)
+    problem = ""
+    if not sampler <= sampler_tolerance or not ratio <= tolerance:
+        limit = sampler_tolerance if sampler > sampler_tolerance else tolerance
+        problem = (
+            f"what was sampled has log-probabilities {max(sampler, ratio):.2g} nats a token from those that training "
+            f"computes, more than {limit:g}: something besides weights and tokens changes them (random numbers in the "
+            "model's code, positions, a cache), and a ratio of new to old probability means nothing"
+        )
+    elif not kl <= tolerance and not isinstance(task, DistillConfig):
+        problem = (
+            f"before the first step the policy's log-probabilities are {kl:.2g} nats a token from the reference's, "
+            f"more than {tolerance:g}: the reference is not what training starts from"
+        )
+    elif not float(-sampled_N.mean()) > 0:
+        problem = "the policy has no entropy: every token is certain, so nothing else is ever tried"
+    if problem and task.self_check == "error":
+        raise ModelError(f"{problem}; or give task.self_check=warn")
+    if problem:
+        run.say(f"warning: {problem}")
+
+
+class RolloutValidator:
+    """Answers the same held-out prompts with the same random numbers at every validation."""
+
+    def __init__(self, run: Run, collect: RolloutCollector, rows: TokenizedSplit) -> None:
+        task = run.cfg.task
+        assert isinstance(task, OnlineTaskConfig)
+        self._run, self._collect, self._rows, self._task = run, collect, rows, task
+        self._count = min(len(rows), (task.max_eval_batches or len(rows)) * task.mini_batch_size)
+        self._first: dict[str, float] = {}
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """All ranks: return the metrics, and log a table of samples.
+
+        "objective" is what training maximises, score - price * KL; "perplexity" is that of the dataset's own
+        responses, if every row has one; "distinct_2" is the share of different word pairs among all that were written.
+        """
+        rollout = self._collect(self._rows.examples(range(self._count)), VALIDATION, group=1, validates=True)
+        result = {name.partition("/")[2]: value for name, value in self._collect.metrics.items()}
+        result["objective"] = result["scores"] - self._task.kl_price() * result["kl"]
+        texts = self._collect.texts
+        result["distinct_2"] = distinct_bigrams(texts.responses)
+        if not self._rows.unanswered:
+            result["perplexity"] = self._collect.perplexity(self._rows, self._count)
+        if self._task.num_sample_prompts:
+            self._run.log_text("samples", sample_table(rollout, texts, self._task.num_sample_prompts), step)
+        self._warn(result)
+        return result
+
+    def _warn(self, result: dict[str, float]) -> None:
+        """Warn of implausible metrics, with their usual cause."""
+        self._first = self._first or result
+        if result["kl"] < _MIN_KL:
+            self._run.say(
+                f"warning: the KL divergence is estimated as {result['kl']:.1f} nats a response, and it is never "
+                "negative: responses were not sampled from the policy alone (generation.*, a bug in the model's cache)"
+            )
+        first, perplexity = (metrics.get("perplexity", 0.0) for metrics in (self._first, result))
+        if result["scores"] > self._first["scores"] and perplexity > _MAX_PERPLEXITY_GROWTH * first:
+            self._run.say(
+                f"warning: scores rise and the data's own responses become unlikely (perplexity {first:.1f} -> "
+                f"{perplexity:.1f}): the policy may be finding what the reward overlooks; look at samples/, raise "
+                "task.init_kl_coeff (task.beta) or lower the learning rate"
+            )

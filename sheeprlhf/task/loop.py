@@ -26,46 +26,37 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sheeprlhf.agent.batches import Batches, Rows, longest_row
-from sheeprlhf.agent.policy import Policy, configured_router_loss, reference_of
+from sheeprlhf.agent.policy import Policy, reference_of
 from sheeprlhf.config.model_lookup import initial_run
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import prepare_training_data
-from sheeprlhf.data.sampler import RolloutPlan, StepPlan, load_ahead
-from sheeprlhf.data.store import TokenizedSplit
+from sheeprlhf.data.sampler import RolloutPlan, StepPlan
+from sheeprlhf.data.store import TokenizedSplit, load_ahead
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.optim import follow_schedule, set_up
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.shard import data_rank, place
 from sheeprlhf.engine.step import LossFn, MicroBatch, update
+from sheeprlhf.model.folder.architecture import configured_router_loss
 from sheeprlhf.model.folder.load import load_tokenizer
-from sheeprlhf.rollout.rollout import (
-    Rollout,
-    RolloutCollector,
-    check_finite,
-    check_sampler,
-    distinct_bigrams,
-    token_values,
-)
+from sheeprlhf.rollout.rollout import Rollout, RolloutCollector, check_finite, token_values
 from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.task.finish import (
+    RolloutValidator,
     Saved,
+    check_sampler,
     check_validation_rows,
     finish_run,
     log_samples,
     record_validation,
     report_data,
-    sample_table,
     saved_rollouts,
     write_rollout,
 )
 from sheeprlhf.task.models import build_collector, load_initial_policy, load_online_setup, load_options, rows_of_shard
 from sheeprlhf.utils.errors import ConfigError, DataError, RolloutServerError
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
-
-VALIDATION = (1 << 32) - 1  # number of the validation's rollout: it samples with numbers that no training rollout has
-_MIN_KL = -1.0  # nats a response, which sampling alone does not reach
-_MAX_PERPLEXITY_GROWTH = 1.5  # over the first perplexity of the data's own responses, before a warning
 
 
 class TrainLoop:
@@ -564,48 +555,3 @@ class Iteration:
     def means(self) -> dict[str, float]:
         """Return the mean of every number that was added."""
         return {name: sum(values) / len(values) for name, values in self._values.items()}
-
-
-class RolloutValidator:
-    """Answers the same held-out prompts with the same random numbers at every validation."""
-
-    def __init__(self, run: Run, collect: RolloutCollector, rows: TokenizedSplit) -> None:
-        task = run.cfg.task
-        assert isinstance(task, OnlineTaskConfig)
-        self._run, self._collect, self._rows, self._task = run, collect, rows, task
-        self._count = min(len(rows), (task.max_eval_batches or len(rows)) * task.mini_batch_size)
-        self._first: dict[str, float] = {}
-
-    def __call__(self, step: int) -> dict[str, float]:
-        """All ranks: return the metrics, and log a table of samples.
-
-        "objective" is what training maximises, score - price * KL; "perplexity" is that of the dataset's own
-        responses, if every row has one; "distinct_2" is the share of different word pairs among all that were written.
-        """
-        rollout = self._collect(self._rows.examples(range(self._count)), VALIDATION, group=1, validates=True)
-        result = {name.partition("/")[2]: value for name, value in self._collect.metrics.items()}
-        result["objective"] = result["scores"] - self._task.kl_price() * result["kl"]
-        texts = self._collect.texts
-        result["distinct_2"] = distinct_bigrams(texts.responses)
-        if not self._rows.unanswered:
-            result["perplexity"] = self._collect.perplexity(self._rows, self._count)
-        if self._task.num_sample_prompts:
-            self._run.log_text("samples", sample_table(rollout, texts, self._task.num_sample_prompts), step)
-        self._warn(result)
-        return result
-
-    def _warn(self, result: dict[str, float]) -> None:
-        """Warn of implausible metrics, with their usual cause."""
-        self._first = self._first or result
-        if result["kl"] < _MIN_KL:
-            self._run.say(
-                f"warning: the KL divergence is estimated as {result['kl']:.1f} nats a response, and it is never "
-                "negative: responses were not sampled from the policy alone (generation.*, a bug in the model's cache)"
-            )
-        first, perplexity = (metrics.get("perplexity", 0.0) for metrics in (self._first, result))
-        if result["scores"] > self._first["scores"] and perplexity > _MAX_PERPLEXITY_GROWTH * first:
-            self._run.say(
-                f"warning: scores rise and the data's own responses become unlikely (perplexity {first:.1f} -> "
-                f"{perplexity:.1f}): the policy may be finding what the reward overlooks; look at samples/, raise "
-                "task.init_kl_coeff (task.beta) or lower the learning rate"
-            )

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.batches import longest_row
-from sheeprlhf.agent.policy import Policy, configured_router_loss, load_policy
+from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.agent.reward import (
     AdapterValueModel,
     RewardModel,
@@ -54,6 +54,7 @@ from sheeprlhf.model.adapter import (
     merge_lora,
     with_adapter,
 )
+from sheeprlhf.model.folder.architecture import configured_router_loss
 from sheeprlhf.model.folder.load import load_tokenizer, model_of_start, scalar_model
 from sheeprlhf.model.folder.weights import HEAD, quantize
 from sheeprlhf.model.memory import freeze_layers

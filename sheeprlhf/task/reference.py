@@ -23,7 +23,7 @@ from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.shard import equal_passes, place, sum_of_rows
 from sheeprlhf.engine.step import LossFn, MicroBatch
-from sheeprlhf.model.folder.weights import content
+from sheeprlhf.model.folder.weights import weights_digest
 from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS
 from sheeprlhf.security.pickled_weights import adapter_folder
@@ -47,15 +47,6 @@ def set_up_with_reference(loop: TrainLoop, policy: Policy) -> nn.Module:
     if isinstance(reference, Policy):  # else it is on the policy's base
         place(loop.fabric, reference)
     return reference
-
-
-def weights_digest(module: nn.Module) -> str:
-    """SHA-256 of all weights, by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(content(tensor).cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()
 
 
 def reference_key(policy: Policy, cfg: TrainConfig, *, packed: bool) -> str:

@@ -20,7 +20,7 @@ from sheeprlhf.config.run_lookup import read_run_config, saved_group, task_of_ru
 from sheeprlhf.data.tokenize import turn_texts
 from sheeprlhf.engine.shard import tensor_plan
 from sheeprlhf.model.adapter import check_adapters, conflicting_options, read_adapter_config
-from sheeprlhf.model.attention import packing_limit, switch_length
+from sheeprlhf.model.folder.architecture import packing_limit, switch_length
 from sheeprlhf.model.folder.load import load_tokenizer, model_of_start, scalar_model
 from sheeprlhf.model.folder.weights import check_vocabulary, check_weights
 from sheeprlhf.model.locate import locate_adapter

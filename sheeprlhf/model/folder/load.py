@@ -21,7 +21,8 @@ from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.config.path_checks import is_template_file
 from sheeprlhf.config.run_lookup import saved_group
-from sheeprlhf.model.attention import register, use_frequencies_of_rows, use_packed_attention
+from sheeprlhf.model.attention import register, use_packed_attention
+from sheeprlhf.model.folder.architecture import use_frequencies_of_rows
 from sheeprlhf.model.folder.weights import (
     HEAD,
     add_rows,

@@ -20,6 +20,7 @@ placeholder numbers. So the code between loading and sharding (adapters, heads, 
 real weights.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -943,3 +944,12 @@ def trained_rows(model: nn.Module) -> list[int]:
 def base_of(module: Any) -> Any:
     """The module that PEFT has wrapped, or the module itself."""
     return getattr(module, "original_module", module)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 of all weights, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(content(tensor).cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from sheeprlhf.config.registry import config_to_dict
+from sheeprlhf.rollout.rollout import distinct_bigrams
 from sheeprlhf.rollout.sources import episode_metrics
 from sheeprlhf.structure.evaluation import GenerateConfig
 from sheeprlhf.structure.reward import EPISODE_COLUMNS
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.load import Evaluation, answer_split
 from sheeprlhf.task.eval.result import draw_histogram, records_of, save_result
-from sheeprlhf.task.loop import distinct_bigrams
 from sheeprlhf.utils.lightning import Fabric
 
 

@@ -25,10 +25,11 @@ from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.engine.run import Run, open_run
 from sheeprlhf.engine.rundir import mark_finished
 from sheeprlhf.reward.score import Texts
-from sheeprlhf.rollout.rollout import JUDGE_FAILURES, Rollout, check_sampler, kl_bound
+from sheeprlhf.rollout.rollout import JUDGE_FAILURES, Rollout, kl_bound
 from sheeprlhf.security.json_records import BEST_ROW, parse_json
 from sheeprlhf.structure.rollout import BestOfNConfig
 from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.task.finish import check_sampler
 from sheeprlhf.task.models import build_collector, load_online_setup
 from sheeprlhf.utils.errors import CheckpointError, DataError, Notify, RecordError
 from sheeprlhf.utils.lightning import Fabric

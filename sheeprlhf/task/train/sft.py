@@ -15,12 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sheeprlhf.agent.batches import Batches
-from sheeprlhf.agent.policy import configured_router_loss
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.shard import equal_passes, sum_of_rows
 from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate
 from sheeprlhf.loss.sft import RouterLoss, StepRouterLoss, cross_entropy, expert_counts, probability_sums
+from sheeprlhf.model.folder.architecture import configured_router_loss
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.task.loop import TrainLoop

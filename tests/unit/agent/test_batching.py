@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.agent.reward import RewardModel, load_reward_model
 from sheeprlhf.data.example import Example, collate_packed, collate_padded
-from sheeprlhf.model.attention import packing_limit
+from sheeprlhf.model.folder.architecture import packing_limit
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.model.folder.weights import check_weights
 from sheeprlhf.rollout.engines import generate_ids, stream_ids

@@ -28,7 +28,8 @@ from sheeprlhf.model.adapter import (
     lora_config,
     save_model,
 )
-from sheeprlhf.model.attention import packing_limit, placeholder_mask
+from sheeprlhf.model.attention import placeholder_mask
+from sheeprlhf.model.folder.architecture import packing_limit
 from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
 from sheeprlhf.structure.model import AutoModelConfig, LORAConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError

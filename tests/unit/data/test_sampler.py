@@ -6,7 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from sheeprlhf.data.sampler import RolloutPlan, StepPlan, cut_micro_batches, load_ahead
+from sheeprlhf.data.sampler import RolloutPlan, StepPlan, cut_micro_batches
+from sheeprlhf.data.store import load_ahead
 from sheeprlhf.utils.errors import DataError
 
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from sheeprlhf.agent.policy import Policy, configured_router_loss, load_policy
+from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.step import MicroBatch, update
 from sheeprlhf.loss.sft import RouterLoss, cross_entropy, expert_counts, probability_sums
+from sheeprlhf.model.folder.architecture import configured_router_loss
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import FabricConfig

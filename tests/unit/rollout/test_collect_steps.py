@@ -24,7 +24,6 @@ from sheeprlhf.rollout.rollout import (
     RolloutCollector,
     TermModel,
     check_finite,
-    check_sampler,
     distinct_bigrams,
     rollout_metrics,
     sampling_uniforms,
@@ -34,7 +33,7 @@ from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.reward import FunctionRewardConfig, ListRewardConfig, ModelRewardConfig
 from sheeprlhf.structure.rollout import RLOOConfig
 from sheeprlhf.structure.run import AdamWConfig, FabricConfig, GenConfig, TrainConfig
-from sheeprlhf.task.finish import sample_table
+from sheeprlhf.task.finish import check_sampler, sample_table
 from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError
 from tests.support.models import EOS
 
