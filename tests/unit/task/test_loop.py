@@ -138,7 +138,8 @@ def test_the_last_iteration_ends_at_the_last_step() -> None:
 
 def silent_run(folder: Path) -> Any:
     cfg = SimpleNamespace(task=TrainTaskConfig())
-    return cast(Any, SimpleNamespace(dir=folder, cfg=cfg, say=lambda text: None, log=lambda metrics, step: None))
+    silent = {name: lambda *given: None for name in ("say", "log", "finish_saving")}
+    return cast(Any, SimpleNamespace(dir=folder, cfg=cfg, **silent))
 
 
 def test_the_lowest_validation_loss_is_the_best(tmp_path: Path) -> None:
