@@ -273,15 +273,14 @@ def draw_calibration(bins: Sequence[Bin], number: int) -> Markup:
         return _svg(figure)
 
 
-def draw_rounds(points: Mapping[int, tuple[float, float]], labels: Sequence[str]) -> Markup:
+def draw_rounds(points: Mapping[int, tuple[float, float]]) -> Markup:
     """Plot the score against the KL divergence of runs by their numbers, in the order of training, as SVG."""
     with style.context(["default", _PLOT_STYLE]):
         figure = Figure(figsize=(5, 3.6), layout="constrained")
         axes = figure.subplots()
         axes.plot(*zip(*points.values(), strict=True), color=_FAINT, linewidth=1)
         for number, (kl, score) in points.items():
-            axes.plot([kl], [score], color=LIGHT[number % len(LIGHT)], marker="o")
-            axes.annotate(labels[number], (kl, score), (5, -10), textcoords="offset points", size=7)
+            axes.plot([kl], [score], color=LIGHT[number % len(LIGHT)], marker=_MARKERS[number % len(_MARKERS)])
         axes.set(xlabel="KL from the first run, nats a response, summed over rounds", ylabel="score")
         axes.grid(axis="y", color=_RULE, linewidth=0.6)
         return _svg(figure)
@@ -511,13 +510,13 @@ def _results(records: list[Record]) -> Iterator[dict[str, Any]]:
                 bins = calibration_bins(points) if name == "calibration" else []
                 if bins:
                     label = "; ".join(f"{b.predicted:.0%} predicted, {b.right:.0%} right" for b in bins)
-                    calibrations.append((head, label, draw_calibration(bins, number)))
+                    calibrations.append({"runs": [head], "label": label, "svg": draw_calibration(bins, number)})
         finals = {number: e.numbers for number, e in columns if e.weights == "final"}
         yield {"title": title, "tables": tables, "calibrations": calibrations, "rounds": _rounds(records, finals)}
 
 
-def _rounds(records: list[Record], numbers: Mapping[int, Mapping[str, tuple[float, ...]]]) -> tuple[str, Markup] | None:
-    """A description and a plot of score against KL over the longest chain of runs, each of which starts from the last.
+def _rounds(records: list[Record], numbers: Mapping[int, Mapping[str, tuple[float, ...]]]) -> dict[str, Any] | None:
+    """The chart of score against KL over the longest chain of runs, each of which starts from the last.
 
     `numbers` are those of an evaluation, by run. A run's KL is that from its start; those of the chain are added.
     """
@@ -541,7 +540,7 @@ def _rounds(records: list[Record], numbers: Mapping[int, Mapping[str, tuple[floa
         points[number] = kl, numbers[number]["score"][0]
     labels = [record.label for record in records]
     text = "; ".join(f"{labels[n]}: score {figure_text(y)} at KL {figure_text(x)}" for n, (x, y) in points.items())
-    return text, draw_rounds(points, labels)
+    return {"runs": [_run_cell(records, number) for number in longest], "label": text, "svg": draw_rounds(points)}
 
 
 def _number_cell(values: tuple[float, ...] | None) -> str | Cell:
