@@ -260,10 +260,11 @@ def draw_calibration(bins: Sequence[Bin], number: int) -> Markup:
         upper.set_ylim(min([0.45, *(row.low for row in bins)]) - 0.02, 1.02)
         upper.set_ylabel("share right")
         upper.set_xticklabels([])
-        lower.bar(predicted, [row.pairs for row in bins], width=0.022, color=color)
-        for row in bins:
+        middles = [0.525 + min(math.floor(20 * value - 10), 9) / 20 for value in predicted]  # of parts of [0.5, 1]
+        lower.bar(middles, [row.pairs for row in bins], width=0.045, color=color)
+        for middle, row in zip(middles, bins, strict=True):
             text = f"{row.pairs:,}" if row.pairs < 10_000 else f"{row.pairs / 1000:,.0f}k"
-            lower.annotate(text, (row.predicted, row.pairs), (0, 2), textcoords="offset points", ha="center", size=7)
+            lower.annotate(text, (middle, row.pairs), (0, 2), textcoords="offset points", ha="center", size=7)
         lower.set(ylim=(0, 1.35 * max(row.pairs for row in bins)), yticks=[], ylabel="pairs")
         lower.set_xlabel("probability that the model gives")
         for axes in (upper, lower):
