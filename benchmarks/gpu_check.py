@@ -35,7 +35,7 @@ from sheeprlhf.agent.policy import load_policy
 from sheeprlhf.api.jobs import compose
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.task.memory_plan import step_plan
+from sheeprlhf.task.scale_plan import step_plan
 from sheeprlhf.utils.lightning import move_data_to_device
 from tests.support.losses import LOSSES, loss_case
 

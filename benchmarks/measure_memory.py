@@ -15,7 +15,7 @@ from typing import Any
 from sheeprlhf.cli import run
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task import loop, models
-from sheeprlhf.task.memory_plan import step_plan
+from sheeprlhf.task.scale_plan import step_plan
 
 
 def status(name: str) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sheeprlhf.reward.inflect import style_of, to_imperative, to_third_person
+from sheeprlhf.reward.inflect import style_of
 from sheeprlhf.utils.home import embedded_folder
 from tools.docstring_card import notice, readme
 from tools.docstring_pairs import paragraphs, short_function, summary, walk
@@ -31,6 +31,7 @@ from tools.docstring_splits import (
     deduplicate,
     is_comparable,
 )
+from tools.inflect import to_imperative, to_third_person
 from tools.licences import Distribution, copyright_lines, read_distribution, recognise, refused
 
 COLUMNS = (

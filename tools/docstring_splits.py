@@ -10,7 +10,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sheeprlhf.reward.inflect import has_second_verb, style_of, to_imperative
+from sheeprlhf.reward.inflect import style_of
+from tools.inflect import has_second_verb, to_imperative
 
 SPLITS = ("train", "validation", "test")
 FAMILIES: Mapping[str, str] = {

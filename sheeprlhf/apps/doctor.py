@@ -217,7 +217,7 @@ _THRESHOLD = 1 << 20  # bytes; a smaller one costs more time
 def _memory(config: TrainConfig, size: "ModelSize", available: int | None, device: str) -> Finding:
     """The plan of a step next to the available memory in bytes; processes of the device "cpu" share it."""
     from sheeprlhf.model.memory import NO_HOLES, measure
-    from sheeprlhf.task.memory_plan import SHARDED, step_plan
+    from sheeprlhf.task.scale_plan import SHARDED, step_plan
 
     need = partial(step_plan, size_of=cache(measure), device=device)
     asked = parse_devices(config.fabric.devices)
@@ -262,7 +262,7 @@ def _more_ranks(config: TrainConfig, available: float, need: Callable[[TrainConf
 
 def _memory_table(config: TrainConfig, size: "ModelSize", parts: "MemoryPlan") -> list[str]:
     """One line a part, and their sum."""
-    from sheeprlhf.task.memory_plan import SHARDED, ranks_of, rows_of_forward
+    from sheeprlhf.task.scale_plan import SHARDED, ranks_of, rows_of_forward
 
     rows, row = rows_of_forward(config, size)
     recomputed = ", recomputed except for the inputs of layers" if config.model.gradient_checkpointing else ""
@@ -302,8 +302,7 @@ def _advice(config: TrainConfig, available: float, need: Callable[[TrainConfig],
 
 def _step(config: DoctorConfig, size: "ModelSize") -> Finding:
     """Traffic and time of an optimizer step on several devices, computed from `cluster`."""
-    from sheeprlhf.task.memory_plan import passes_of_rank, ranks_of
-    from sheeprlhf.task.scale_plan import step_time, traffic
+    from sheeprlhf.task.scale_plan import passes_of_rank, ranks_of, step_time, traffic
 
     cluster, task, ranks = config.cluster, config.task, ranks_of(config.fabric)
     rows, passes = passes_of_rank(config, size)
@@ -338,8 +337,7 @@ def _step(config: DoctorConfig, size: "ModelSize") -> Finding:
 
 def _dry_step(config: DoctorConfig, size: "ModelSize") -> Finding:
     """A step of one rank on tensors without content, compared with the plan."""
-    from sheeprlhf.task.memory_plan import ranks_of
-    from sheeprlhf.task.scale_plan import dry_step, traffic
+    from sheeprlhf.task.scale_plan import dry_step, ranks_of, traffic
 
     try:
         seen = dry_step(config)
@@ -447,7 +445,7 @@ def _plan(config: DoctorConfig, offline: str) -> Iterator[Finding]:
     """The plan for other machines; of this one only the model's config.json is read."""
     from sheeprlhf.engine.shard import division_problem, tensor_plan
     from sheeprlhf.model.memory import build_on_meta, measure
-    from sheeprlhf.task.memory_plan import ranks_of
+    from sheeprlhf.task.scale_plan import ranks_of
 
     fabric, model, ranks = config.fabric, config.model, ranks_of(config.fabric)
     text = f"{_count(fabric.num_nodes or 1, 'machine')}, {_count(ranks.total, 'process')}, strategy {fabric.strategy}"

@@ -111,7 +111,6 @@ def collate_packed(examples: Sequence[Example], *, targets: str = "response") ->
 
     Raises DataError if a response is empty.
     """
-    _check("targets", targets, TARGETS)
     ids, positions, prompt_at, response_at = [], [], [], []
     start = 0
     for example in examples:
@@ -131,7 +130,6 @@ def collate_packed(examples: Sequence[Example], *, targets: str = "response") ->
         input_ids=np.concatenate(ids)[None],
         position_ids=np.concatenate(positions)[None],
         attention_mask=None,
-        layout=layout_of([(len(e.prompt_ids), tuple(map(len, e.responses))) for e in examples]),
         prompt_at=prompt_at,
         response_at=response_at,
         targets=targets,
@@ -151,8 +149,8 @@ def collate_padded(
 
     Raises DataError if a response is empty.
     """
-    _check("targets", targets, TARGETS)
-    _check("side", side, SIDES)
+    if side not in SIDES:
+        raise ValueError(f"side={side!r} is none of {', '.join(SIDES)}")
     rows = [(example.prompt_ids, response) for example in examples for response in example.responses]
     lengths = np.array([len(prompt) + len(response) for prompt, response in rows])
     width = int(lengths.max())
@@ -167,7 +165,6 @@ def collate_padded(
         input_ids=input_ids,
         position_ids=np.where(mask, columns, 0),
         attention_mask=mask,
-        layout=None,
         prompt_at=prompt_at.tolist(),
         response_at=[at + len(prompt) for at, (prompt, _) in zip(prompt_at.tolist(), rows, strict=True)],
         targets=targets,
@@ -180,13 +177,13 @@ def _batch(
     input_ids: np.ndarray,
     position_ids: np.ndarray,
     attention_mask: np.ndarray | None,
-    layout: Layout | None,
     prompt_at: list[int],
     response_at: list[int],
     targets: str,
 ) -> Batch:
     """Build the tensors; prompt_at and response_at are places of each response in the flattened (B*T,) ids."""
-    scored = targets in SCORED
+    if targets not in TARGETS:
+        raise ValueError(f"targets={targets!r} is none of {', '.join(TARGETS)}")
     sources: list[np.ndarray] = []
     target_ids: list[np.ndarray] = []
     owners: list[int] = []  # the response that each piece of `target_ids` belongs to
@@ -201,26 +198,25 @@ def _batch(
         for response, trained in zip(example.responses, example.masks(), strict=True):
             if not len(response):  # its place would shift the targets of the rows behind it
                 raise DataError(f"row {example.row_id} has no token to train on: its response is empty; drop the row")
-            own = response_at[index] + np.arange(len(response))
-            sources.append(own if scored else np.array([prompt_at[index] + num_prompt - 1, *own[:-1]]))
-            target_ids.append(response)
-            if targets == "last":
-                sources[-1], target_ids[-1] = own[-1:], response[-1:]
-            elif targets in ("response", "steps"):
-                sources[-1], target_ids[-1] = sources[-1][trained], response[trained]
-            lengths.append(int(trained.sum()) if targets in ("response", "steps") else len(response))
+            source = response_at[index] + np.arange(len(response))
+            if targets not in SCORED:  # a token is predicted at the place before it
+                source = np.array([prompt_at[index] + num_prompt - 1, *source[:-1]])
+            masked = targets in ("response", "steps")
+            which = trained if masked else slice(-1, None) if targets == "last" else slice(None)
+            sources.append(source[which])
+            target_ids.append(response[which])
+            lengths.append(int(trained.sum()) if masked else len(response))
             owners.append(index)
             index += 1
     pairs, weights, margins = _pairs(examples)
     source_N = np.concatenate(sources)
     head_positions_R, logit_index_N = np.unique(source_N, return_inverse=True)
-    if layout is not None:
-        layout = with_tails(layout, head_positions_R)
+    segments = [(len(example.prompt_ids), tuple(map(len, example.responses))) for example in examples]
     return Batch(
         input_ids_BT=_int64(input_ids),
         position_ids_BT=_int64(position_ids),
         attention_mask_BT=None if attention_mask is None else torch.from_numpy(attention_mask),
-        layout=layout,
+        layout=layout_of(segments, head_positions_R) if attention_mask is None else None,
         head_positions_R=_int64(head_positions_R),
         logit_index_N=_int64(logit_index_N),
         target_ids_N=_int64(np.concatenate(target_ids)),
@@ -251,10 +247,11 @@ def _pairs(examples: Sequence[Example]) -> tuple[np.ndarray, list[float], list[f
     return np.array(pairs, dtype=np.int64).reshape(-1, 2), weights, margins
 
 
-def layout_of(segments: Sequence[tuple[int, tuple[int, ...]]]) -> Layout:
+def layout_of(segments: Sequence[tuple[int, tuple[int, ...]]], head_positions_R: np.ndarray | None = None) -> Layout:
     """The attention sequences of a packed row: prompt with response 1, then each further response with its prompt.
 
-    `segments` are the lengths of prompts, each with those of its responses.
+    `segments` are the lengths of prompts, each with those of its responses. A head reads `head_positions_R`, by default
+    the last token of each sequence; a tail has one token at least.
     """
     queries: list[int] = []
     keys: list[int] = []
@@ -268,29 +265,22 @@ def layout_of(segments: Sequence[tuple[int, tuple[int, ...]]]) -> Layout:
             keys.append(num_prompt + num_response)
             key_pieces += [prompt, np.arange(start, start + num_response)]
             start += num_response
+    ends = np.cumsum(queries)
+    heads = ends - 1 if head_positions_R is None else head_positions_R
+    tail_starts = np.minimum(np.append(heads, ends[-1])[np.searchsorted(heads, ends - queries)], ends - 1)
+    tails = tuple((ends - tail_starts).tolist())
     shared = any(len(responses) > 1 for _, responses in segments)
-    layout = Layout(
+    return Layout(
         segments=tuple(segments),
         query_starts=_starts(queries),
         key_starts=_starts(keys),
         key_index=_int64(np.concatenate(key_pieces)) if shared else None,
         max_query=max(queries),
         max_key=max(keys),
-        tails=(),
-        tail_starts=torch.zeros(0),
-        tail_index=torch.zeros(0),
+        tails=tails,
+        tail_starts=_starts(tails),
+        tail_index=_int64(np.concatenate([np.arange(*span) for span in zip(tail_starts, ends, strict=True)])),
     )
-    return with_tails(layout, np.cumsum(queries) - 1)
-
-
-def with_tails(layout: Layout, head_positions_R: np.ndarray) -> Layout:
-    """The layout with the tails of a head that reads these packed positions; a tail has one token at least."""
-    ends = layout.query_starts[1:].numpy()
-    first = np.append(head_positions_R, ends[-1])[np.searchsorted(head_positions_R, layout.query_starts[:-1].numpy())]
-    first = np.minimum(first, ends - 1)
-    index = np.concatenate([np.arange(start, end) for start, end in zip(first, ends, strict=True)])
-    tails = tuple((ends - first).tolist())
-    return layout._replace(tails=tails, tail_starts=_starts(tails), tail_index=_int64(index))
 
 
 def _starts(lengths: Sequence[int]) -> Tensor:
@@ -301,9 +291,3 @@ def _starts(lengths: Sequence[int]) -> Tensor:
 def _int64(values: np.ndarray) -> Tensor:
     """A tensor of token ids or places."""
     return torch.from_numpy(values.astype(np.int64))
-
-
-def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a misspelt choice, which would silently mean another one."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}")

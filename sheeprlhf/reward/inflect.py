@@ -1,4 +1,4 @@
-"""Imperative and third-person summaries: which one a sentence is, and the same sentence in the other form.
+"""Imperative and third-person summaries: which one a sentence is.
 
 PEP 257 asks for a function's summary in the imperative ("Return the value."), "not as a description" ("Returns the
 value."). The rules here look at the first word only and know a closed list of verbs, so that a plural noun ("Settings",
@@ -63,8 +63,7 @@ _NOUN_PAIRS = frozenset(
     {("return", word) for word in ("address", "annotation", "annotations", "code", "status", "type", "types", "value")}
     | {("return", "values"), ("find", "results"), ("read", "access"), ("load", "balancer"), ("load", "average")}
 )
-_FIRST = re.compile(r"([A-Za-z][a-z]*)(?=[ .]|\Z)")
-_LATER = re.compile(r"(?:\b(?:and|or|then|but|also)\b|[,/])\s*(?:[A-Za-z]+ly\s+)?(?=([A-Za-z]+))")
+FIRST_WORD = re.compile(r"([A-Za-z][a-z]*)(?=[ .]|\Z)")
 
 
 def third_person(verb: str) -> str:
@@ -78,38 +77,22 @@ def third_person(verb: str) -> str:
     return f"{verb}s"
 
 
-_THIRD_OF = {verb: third_person(verb) for verb in sorted(VERBS | NOUN_LIKE_VERBS)}
-_BASE_OF = {third: verb for verb, third in _THIRD_OF.items()}
+THIRD_OF = {verb: third_person(verb) for verb in sorted(VERBS | NOUN_LIKE_VERBS)}
+BASE_OF = {third: verb for verb, third in THIRD_OF.items()}
 
 
 def style_of(sentence: str) -> Style:
     """Say if a sentence begins with an imperative verb, a third-person verb or something else (`other`)."""
-    return _first_verb(sentence)[0]
+    return first_verb(sentence)[0]
 
 
-def to_imperative(sentence: str) -> str | None:
-    """Return the sentence with its first word in the imperative; None if its style is ``other``."""
-    style, verb = _first_verb(sentence)
-    return None if style == "other" else _replace_first(sentence, verb)
-
-
-def to_third_person(sentence: str) -> str | None:
-    """Return the sentence with its first word in the third person; None if its style is ``other``."""
-    style, verb = _first_verb(sentence)
-    return None if style == "other" else _replace_first(sentence, _THIRD_OF[verb])
-
-
-def has_second_verb(sentence: str) -> bool:
-    """Say if a later verb, behind a conjunction or a comma, would have to change with the first one."""
-    return any(word.lower() in _THIRD_OF or word.lower() in _BASE_OF for word in _LATER.findall(sentence))
-
-
-def _first_verb(sentence: str) -> tuple[Style, str]:
-    match = _FIRST.match(sentence)
+def first_verb(sentence: str) -> tuple[Style, str]:
+    """Return the style of a sentence, and the base form of its verb."""
+    match = FIRST_WORD.match(sentence)
     if match is None:
         return "other", ""
     first = match.group(1).lower()
-    verb = first if first in _THIRD_OF else _BASE_OF.get(first)
+    verb = first if first in THIRD_OF else BASE_OF.get(first)
     if verb is None:
         return "other", ""
     after = sentence[match.end() :].split(maxsplit=1)
@@ -119,11 +102,3 @@ def _first_verb(sentence: str) -> tuple[Style, str]:
     if verb in NOUN_LIKE_VERBS and follower not in DETERMINERS:
         return "other", ""
     return ("imperative" if first == verb else "third_person"), verb
-
-
-def _replace_first(sentence: str, word: str) -> str:
-    match = _FIRST.match(sentence)
-    if match is None:
-        raise ValueError(f"sentence={sentence!r} begins with no word; check style_of(sentence) first")
-    word = word.capitalize() if match.group(1)[0].isupper() else word
-    return word + sentence[match.end() :]

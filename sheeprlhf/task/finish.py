@@ -38,7 +38,7 @@ from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.rollout import DistillConfig, OnlineTaskConfig, environment_of
 from sheeprlhf.structure.run import GenConfig, TrainConfig
 from sheeprlhf.structure.task import TrainTaskConfig
-from sheeprlhf.task.memory_plan import step_plan
+from sheeprlhf.task.scale_plan import step_plan
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError, DataError, ModelError, RecordError
 from sheeprlhf.utils.lightning import Fabric

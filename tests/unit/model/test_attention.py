@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import varlen
 from torch.testing import assert_close
 
-from sheeprlhf.data.example import Layout, collate_packed, with_tails
+from sheeprlhf.data.example import Layout, collate_packed, layout_of
 from sheeprlhf.model import attention
 from sheeprlhf.model.attention import _varlen_attention, kernel_dtype, packed_attention
 from sheeprlhf.utils.errors import ModelError
@@ -86,7 +86,7 @@ def test_queries_of_the_tails(
     monkeypatch.setattr(attention, "_LONGEST_DENSE", longest_dense)
     monkeypatch.setattr(attention, "_MEAN_DENSE", 0)
     layout, inputs = case(num_responses, 2)
-    layout = with_tails(layout, layout.query_starts[1:].numpy() - 2)
+    layout = layout_of(layout.segments, layout.query_starts[1:].numpy() - 2)
     tails, options = attention.TailQueries(layout), {"sliding_window": window}
     with pytest.raises(attention.KeysStored):
         packed_attention(MODULE, *inputs, None, layout=tails, **options)

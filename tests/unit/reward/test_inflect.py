@@ -5,12 +5,10 @@ import pytest
 from sheeprlhf.reward.inflect import (
     NOUN_LIKE_VERBS,
     VERBS,
-    has_second_verb,
     style_of,
     third_person,
-    to_imperative,
-    to_third_person,
 )
+from tools.inflect import has_second_verb, to_imperative, to_third_person
 
 BOTH_FORMS = [
     ("Return the value.", "Returns the value."),

@@ -16,7 +16,7 @@ from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import AdamWConfig, FabricConfig, TrainConfig
 from sheeprlhf.structure.task import ILQLConfig
-from sheeprlhf.task.memory_plan import step_plan
+from sheeprlhf.task.scale_plan import step_plan
 from sheeprlhf.task.train.ilql import ILQLModel, ilql_loss, rewards_of
 from tests.support.models import EOS
 

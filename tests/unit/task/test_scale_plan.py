@@ -13,8 +13,7 @@ from sheeprlhf.structure.reward import FunctionRewardConfig, ModelRewardConfig, 
 from sheeprlhf.structure.rollout import DistillConfig, GRPOConfig, PPOConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import AdamWConfig, ClusterConfig, DoctorConfig, FabricConfig, TrainConfig
 from sheeprlhf.structure.task import DPOConfig, RMConfig, SFTConfig, TrainTaskConfig
-from sheeprlhf.task.memory_plan import passes_of_rank, rows_of_forward, step_plan
-from sheeprlhf.task.scale_plan import dry_step, step_time, traffic
+from sheeprlhf.task.scale_plan import dry_step, passes_of_rank, rows_of_forward, step_plan, step_time, traffic
 
 ModelFolder = Callable[..., Path]
 SHAPES = {  # hidden size, inner size, layers, size of keys, vocabulary
