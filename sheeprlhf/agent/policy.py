@@ -36,7 +36,6 @@ from sheeprlhf.model.lm_head import (
     backbone_and_head,
     head_logprobs,
     head_scores,
-    hidden_states,
     last_block_at_tails,
     logprobs_from_logits,
 )
@@ -191,25 +190,14 @@ def router_logits_of(backbone: nn.Module, real_BT: Tensor | None) -> Iterator[li
 
 def hidden_at_head(backbone: nn.Module, batch: Batch) -> Tensor:
     """(R, C) last hidden states of a model without its head, where the batch's head runs."""
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT}
     if batch.layout is None:
-        hidden_BTC = hidden_states(
-            backbone,
-            **accepted(
-                backbone,
-                input_ids=batch.input_ids_BT,
-                attention_mask=batch.attention_mask_BT,
-                position_ids=batch.position_ids_BT,
-            ),
-        )
+        inputs = accepted(backbone, **inputs, attention_mask=batch.attention_mask_BT)
+        hidden_BTC = backbone(use_cache=False, **inputs).last_hidden_state
     else:
+        inputs |= {"attention_mask": placeholder_mask(batch.input_ids_BT), "layout": batch.layout}
         with last_block_at_tails(backbone, batch.layout):
-            hidden_BTC = hidden_states(
-                backbone,
-                input_ids=batch.input_ids_BT,
-                attention_mask=placeholder_mask(batch.input_ids_BT),
-                position_ids=batch.position_ids_BT,
-                layout=batch.layout,
-            )
+            hidden_BTC = backbone(use_cache=False, **inputs).last_hidden_state
         if hidden_BTC.shape[1] != batch.input_ids_BT.shape[1]:
             return hidden_BTC[0].index_select(0, torch.searchsorted(batch.layout.tail_index, batch.head_positions_R))
     return hidden_BTC.flatten(0, 1).index_select(0, batch.head_positions_R)

@@ -51,11 +51,6 @@ class _AdjustedHead(nn.Module):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def hidden_states(backbone: nn.Module, **inputs: Any) -> Tensor:
-    """(B, T, C) last hidden states of a backbone."""
-    return backbone(use_cache=False, **inputs).last_hidden_state
-
-
 def at_least_float32(x: Tensor) -> Tensor:
     """In float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Common parts of training tasks: the report of the data, validations, samples, saved rollouts, the end of a run."""
+"""Common parts of training tasks: reports of the data, self-checks, validations, samples, saved rollouts, the end."""
 
 import io
 import json
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ from sheeprlhf.agent.policy import Policy
 from sheeprlhf.config.model_lookup import Trained
 from sheeprlhf.config.overrides import changed_words, command, option_word
 from sheeprlhf.config.run_lookup import REPORT_FILE, REWARD_MODEL, scores_by_run
-from sheeprlhf.data.example import Example
+from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.prompt_encoder import save_form
 from sheeprlhf.data.report import render_report
@@ -29,7 +30,8 @@ from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.engine.parts import keeps_parameters, write_model
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.rundir import mark_finished, same_data
-from sheeprlhf.engine.shard import assemble, data_rank, gathered, is_sharded
+from sheeprlhf.engine.shard import assemble, data_rank, equal_passes, gathered, is_sharded
+from sheeprlhf.engine.step import LossFn, MicroBatch
 from sheeprlhf.reward.score import RawScores, Texts
 from sheeprlhf.rollout.engines import generate_responses
 from sheeprlhf.rollout.rollout import Rollout, RolloutCollector, distinct_bigrams
@@ -38,12 +40,13 @@ from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.rollout import DistillConfig, OnlineTaskConfig, environment_of
 from sheeprlhf.structure.run import GenConfig, TrainConfig
 from sheeprlhf.structure.task import TrainTaskConfig
+from sheeprlhf.task.reference import response_sums
 from sheeprlhf.task.scale_plan import step_plan
 from sheeprlhf.utils.end_tokens import end_token_ids
-from sheeprlhf.utils.errors import ConfigError, DataError, ModelError, RecordError
-from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.errors import ConfigError, DataError, ModelError, Notify, RecordError
+from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.memory import size_text
-from sheeprlhf.utils.modes import isolated_rng
+from sheeprlhf.utils.modes import eval_mode, isolated_rng
 from sheeprlhf.utils.output import safe_path, write_file
 
 ROLLOUTS = "rollouts"  # folder with one parquet file for each saved rollout, with a row for each response
@@ -352,3 +355,51 @@ class RolloutValidator:
                 f"{perplexity:.1f}): the policy may be finding what the reward overlooks; look at samples/, raise "
                 "task.init_kl_coeff (task.beta) or lower the learning rate"
             )
+
+
+def check_reference(
+    fabric: Fabric,
+    module: nn.Module,
+    micro_batches: list[MicroBatch],
+    loss_fn: LossFn,
+    initial_loss: Callable[[Batch], float],
+    mode: str,
+    precision: str,
+    say: Notify,
+    tail_weight: float = 1.0,
+) -> None:
+    """All ranks, before the first step: check that the policy is its own reference, dropout off.
+
+    Log-probabilities may differ by 1e-5 nats a token in float32, else by 2e-2; the loss by ten times that from
+    `initial_loss`, the total loss of a batch if policy and reference are equal.
+    Raises ModelError if they differ by more, and `mode` is "error" instead of "warn".
+    """
+    tolerance = 1e-5 if precision == "32-true" else 2e-2
+    apart, tokens, loss, expected = 0.0, 1, 0.0, 0.0
+    with isolated_rng(), eval_mode(module), torch.no_grad():
+        for micro, _ in equal_passes(fabric, module, micro_batches[:1]):
+            batch, reference_S, *_ = content = fabric.to_device(micro.batch)
+            sums_S = response_sums(module(batch).target_N, batch, tail_weight)
+            apart, tokens = float((sums_S - reference_S).abs().sum()), sum(batch.response_lengths)
+            loss = float(loss_fn(module, content).total) / micro.num_items
+            expected = initial_loss(batch) / micro.num_items
+    found = gather_objects(fabric, (apart / tokens, abs(loss - expected), expected))
+    logprobs_apart, loss_apart, expected = (max(part) for part in zip(*found, strict=True))
+    problem = ""
+    if not logprobs_apart <= tolerance:
+        problem = (
+            f"before the first step the policy's log-probabilities are {logprobs_apart:.2g} nats a token from its "
+            f"reference's, more than {tolerance:g}: something besides training changes them (random numbers in the "
+            "model's code, weights that were changed on disk); delete the reference-*.safetensors files next to the "
+            "prepared data, or give task.self_check=warn"
+        )
+    elif not loss_apart <= 10 * tolerance * max(1.0, expected):
+        problem = (
+            f"before the first step the loss is {loss_apart:.2g} from {expected:.4f}, its value for a policy that is "
+            "its own reference, although their log-probabilities agree: this is a mistake in the loss; please report "
+            "it, or give task.self_check=warn"
+        )
+    if problem and mode == "error":
+        raise ModelError(problem)
+    if problem:
+        say(f"warning: {problem}")

@@ -6,9 +6,9 @@ it, or the policy without its adapters, computes those of later shards.
 
 import hashlib
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,20 +22,21 @@ from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.shard import equal_passes, place, sum_of_rows
-from sheeprlhf.engine.step import LossFn, MicroBatch
+from sheeprlhf.engine.step import MicroBatch
 from sheeprlhf.model.folder.weights import weights_digest
 from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS
 from sheeprlhf.security.pickled_weights import adapter_folder
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.task.loop import TrainLoop
-from sheeprlhf.utils.errors import ModelError, Notify
-from sheeprlhf.utils.lightning import Fabric, gather_objects
+from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.modes import eval_mode, isolated_rng
 from sheeprlhf.utils.output import real_file, write_file
 
+if TYPE_CHECKING:
+    from sheeprlhf.task.loop import TrainLoop
 
-def set_up_with_reference(loop: TrainLoop, policy: Policy) -> nn.Module:
+
+def set_up_with_reference(loop: "TrainLoop", policy: Policy) -> nn.Module:
     """All ranks: set the loop up; return the module that computes the reference's log-probabilities before each shard.
 
     With `data.streaming`, the policy as it is now is kept for later shards; else it is its own reference.
@@ -153,54 +154,6 @@ def batches_with_reference(
     cut = partial(Batches, fabric, task, packed=packed, targets="response")
     sums = None if key is None else reference_logprobs(fabric, module, cut(), data, split, key, read, tail_weight)
     return cut(num_items=lambda batch: len(batch.row_ids), extras=partial(reference_logprobs_of, sums))
-
-
-def check_reference(
-    fabric: Fabric,
-    module: nn.Module,
-    micro_batches: list[MicroBatch],
-    loss_fn: LossFn,
-    initial_loss: Callable[[Batch], float],
-    mode: str,
-    precision: str,
-    say: Notify,
-    tail_weight: float = 1.0,
-) -> None:
-    """All ranks, before the first step: check that the policy is its own reference, dropout off.
-
-    Log-probabilities may differ by 1e-5 nats a token in float32, else by 2e-2; the loss by ten times that from
-    `initial_loss`, the total loss of a batch if policy and reference are equal.
-    Raises ModelError if they differ by more, and `mode` is "error" instead of "warn".
-    """
-    tolerance = 1e-5 if precision == "32-true" else 2e-2
-    apart, tokens, loss, expected = 0.0, 1, 0.0, 0.0
-    with isolated_rng(), eval_mode(module), torch.no_grad():
-        for micro, _ in equal_passes(fabric, module, micro_batches[:1]):
-            batch, reference_S, *_ = content = fabric.to_device(micro.batch)
-            sums_S = response_sums(module(batch).target_N, batch, tail_weight)
-            apart, tokens = float((sums_S - reference_S).abs().sum()), sum(batch.response_lengths)
-            loss = float(loss_fn(module, content).total) / micro.num_items
-            expected = initial_loss(batch) / micro.num_items
-    found = gather_objects(fabric, (apart / tokens, abs(loss - expected), expected))
-    logprobs_apart, loss_apart, expected = (max(part) for part in zip(*found, strict=True))
-    problem = ""
-    if not logprobs_apart <= tolerance:
-        problem = (
-            f"before the first step the policy's log-probabilities are {logprobs_apart:.2g} nats a token from its "
-            f"reference's, more than {tolerance:g}: something besides training changes them (random numbers in the "
-            "model's code, weights that were changed on disk); delete the reference-*.safetensors files next to the "
-            "prepared data, or give task.self_check=warn"
-        )
-    elif not loss_apart <= 10 * tolerance * max(1.0, expected):
-        problem = (
-            f"before the first step the loss is {loss_apart:.2g} from {expected:.4f}, its value for a policy that is "
-            "its own reference, although their log-probabilities agree: this is a mistake in the loss; please report "
-            "it, or give task.self_check=warn"
-        )
-    if problem and mode == "error":
-        raise ModelError(problem)
-    if problem:
-        say(f"warning: {problem}")
 
 
 def reference_logprobs_of(reference: np.ndarray | None, rows: TokenizedSplit, part: list[int]) -> Tensor:

@@ -22,11 +22,11 @@ from sheeprlhf.loss import dpo
 from sheeprlhf.loss.reward import accuracies
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import NO_REFERENCE, DPOConfig
+from sheeprlhf.task.finish import check_reference
 from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.task.models import with_adapters
 from sheeprlhf.task.reference import (
     batches_with_reference,
-    check_reference,
     reference_key,
     response_sums,
     set_up_with_reference,

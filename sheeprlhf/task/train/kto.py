@@ -25,15 +25,10 @@ from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate
 from sheeprlhf.loss.dpo import kto
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import KTOConfig
+from sheeprlhf.task.finish import check_reference
 from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.task.models import with_adapters
-from sheeprlhf.task.reference import (
-    batches_with_reference,
-    check_reference,
-    reference_key,
-    set_up_with_reference,
-    sum_by_response,
-)
+from sheeprlhf.task.reference import batches_with_reference, reference_key, set_up_with_reference, sum_by_response
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
 

@@ -20,7 +20,8 @@ from sheeprlhf.engine.step import LossOutput, MicroBatch
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.model.folder.weights import weights_digest
 from sheeprlhf.structure.model import AutoModelConfig, LORAConfig, ModelConfig
-from sheeprlhf.task.reference import check_reference, reference_key, reference_logprobs, sum_by_response
+from sheeprlhf.task.finish import check_reference
+from sheeprlhf.task.reference import reference_key, reference_logprobs, sum_by_response
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.lightning import Fabric
 from tests.support.batches import random_examples
