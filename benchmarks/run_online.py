@@ -125,7 +125,7 @@ def main() -> None:
     per_token = partial(
         token_values, names=("logprobs", "reference", "advantages", *(["values", "returns"] * bool(critic)))
     )
-    cut = partial(Batches, fabric, task, packed=packed, targets="response", beside=per_token)
+    cut = partial(Batches, fabric, task, packed=packed, targets="response", extras=per_token)
     batches = cut() if critic else cut(num_items=lambda batch: len(batch.response_lengths))
     of_policies: dict[str, LossFn] = {
         "ppo": partial(policy_loss, task=task, temperature=1.0),

@@ -125,7 +125,7 @@ def main() -> None:
                 sums_S = sum_by_response(module(batch).target_N, batch.response_index_N, 2 * len(part))
                 reference |= dict(zip(part, sums_S.view(-1, 2).float().cpu(), strict=True))
         reference_seconds = time.time() - began
-        more["beside"] = lambda _, part: torch.cat([reference[i] for i in part])
+        more["extras"] = lambda _, part: torch.cat([reference[i] for i in part])
     batches = Batches(fabric, options, packed=packed, **more)
     ends, losses = [], []
     for k in range(args.warmup + args.updates):
