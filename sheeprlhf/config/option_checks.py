@@ -65,8 +65,8 @@ def unread_problems(found: Iterable[Option], rules: Mapping[str, str]) -> Iterat
     values = {key: option.value for key, option in by_key.items()}
     for keys, conditions in rules.items():
         for option in (by_key[key] for key in keys.split() if key in by_key):
-            usual = tuple(option.default) if isinstance(option.default, list) else option.default
-            for condition in conditions.split() if option.value != usual else ():
+            value, usual = (tuple(one) if isinstance(one, list) else one for one in (option.value, option.default))
+            for condition in conditions.split() if value != usual else ():
                 name, _, wanted = condition.partition("=")
                 other, named = by_key.get(name.rstrip("!")), [value for value in wanted.split("|") if value]
                 if other is not None and not holds(condition, values):
