@@ -138,8 +138,8 @@ def options(node: Config | DictConfig, prefix: str = "") -> Iterator[Option]:
         if isinstance(value, Config | DictConfig):
             yield from options(value, f"{key}.")
         else:
-            made = field.default_factory is not dataclasses.MISSING
-            default = field.default_factory() if made else field.default
+            factory = field.default_factory
+            default = field.default if isinstance(factory, type(dataclasses.MISSING)) else factory()
             yield Option(key, hints[field.name], value, _metadata(cls, field.name), default)
 
 

@@ -28,7 +28,7 @@ from sheeprlhf.utils.home import PICKLED, PICKLED_INDEX
 from sheeprlhf.utils.output import open_file, read_small, real_file
 
 MAX_HEADER = 10_000_000  # bytes; of 100,000 tensors it has about as many
-_NAME = re.compile(r"[\w./-]{1,512}", re.ASCII)
+TENSOR_NAME = re.compile(r"[\w./-]{1,512}", re.ASCII)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTERS, PICKLED_ADAPTERS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MERGED = "merged_model"  # a folder, in messages
@@ -72,7 +72,7 @@ def read_header(path: Path) -> dict[str, TensorFacts]:
     except SafetensorError as error:
         raise ValueError(f"it is not a safetensors file, or damaged: {error}") from error
     for name in slices:
-        if not _NAME.fullmatch(name):
+        if not TENSOR_NAME.fullmatch(name):
             raise ValueError(f"a tensor is named {name[:80]!r}")
     return {name: TensorFacts(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
@@ -162,7 +162,7 @@ def _check_files(folder: Path) -> None:
     for path in _read_by_libraries(folder):
         if path.suffix == ".safetensors":
             continue  # only those that the weights are in are opened: `weights_of` looks at them
-        _real(folder, path, _LIMITS[path.suffix])
+        plain_file(folder, str(path.relative_to(folder)), least=0, most=_LIMITS[path.suffix])
         if path.parent != folder and not _TEMPLATE_FILE.fullmatch(path.name):
             raise ModelError(f"{path}: a chat template may be named by letters, digits, - and _ only")
     for name in _CONFIGS:
@@ -179,11 +179,16 @@ def _read_by_libraries(folder: Path) -> Iterator[Path]:
         yield from (path for path in templates.iterdir() if path.suffix == ".jinja")
 
 
-def _real(folder: Path, path: Path, limit: int) -> Path:
+def plain_file(folder: Path, name: str, *, least: int = 1, most: int | None = None) -> Path:
+    """The file that a name of a folder leads to. Raises ModelError if it is outside, missing or of another size."""
+    path = folder / name
     try:
         real = real_file(path, folder)
-        if real.stat().st_size > limit:
-            raise OSError(f"{path} has more than {limit} bytes")
+        size = real.stat().st_size
+        if size < least:
+            raise OSError(f"{path} is empty")
+        if most is not None and size > most:
+            raise OSError(f"{path} has more than {most} bytes")
     except OSError as error:
         raise ModelError(_said(path, error)) from error
     return real
@@ -200,7 +205,7 @@ def read_json(folder: Path, name: str, limit: int = _MAX_CONFIG) -> dict[str, An
     """The object in a JSON file of a folder. Raises ModelError if it is missing, too large or none."""
     path = folder / name
     try:
-        content = json.loads(read_small(_real(folder, path, limit), limit))
+        content = json.loads(read_small(plain_file(folder, name, least=0, most=limit), limit))
     except (OSError, ValueError) as error:
         if isinstance(error, ModelError):
             raise
@@ -290,18 +295,6 @@ def _weight_map(folder: Path, index: str) -> dict[str, str]:
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise ModelError(f"{folder / index} has no weight_map of names")
     return where
-
-
-def plain_file(folder: Path, name: str) -> Path:
-    """The file that a name of a folder leads to. Raises ModelError if it is outside, not plain, empty or missing."""
-    path = folder / name
-    try:
-        real = real_file(path, folder)
-        if real.stat().st_size == 0:
-            raise OSError(f"{path} is empty")
-    except OSError as error:
-        raise ModelError(_said(path, error)) from error
-    return real
 
 
 def tensors_of(folder: Path, name: str) -> dict[str, TensorFacts]:

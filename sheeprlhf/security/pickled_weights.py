@@ -22,6 +22,7 @@ from sheeprlhf.security.model_folder import (
     PICKLED_ADAPTERS,
     PICKLED_INDEX,
     SMALL_FILES,
+    TENSOR_NAME,
     WEIGHTS,
     check_sizes,
     pickled_files,
@@ -42,7 +43,6 @@ _MAX_PICKLE = 64 << 20  # bytes of the pickle in a zip file; the tensors' bytes 
 _MAX_ENTRIES = 1_000_000
 _MAX_GROWTH = 4  # times the size of a file: tensors that share memory are written once for each name
 _MAX_TENSORS = 200_000
-_TENSOR_NAME = re.compile(r"[\w./-]{1,512}", re.ASCII)
 _FOLDER_NAME = re.compile(r"[^\w.-]+", re.ASCII)
 _GLOBAL = re.compile(r"GLOBAL ([\w.]{1,100})")
 
@@ -169,7 +169,7 @@ def _checked(file: Path, content: Any) -> dict[str, "Tensor"]:
     if len(content) > _MAX_TENSORS:
         raise ModelError(f"{file}: it has {len(content)} entries, more than {_MAX_TENSORS}")
     for name, tensor in content.items():
-        if not isinstance(name, str) or not _TENSOR_NAME.fullmatch(name):
+        if not isinstance(name, str) or not TENSOR_NAME.fullmatch(name):
             raise ModelError(f"{file}: a tensor is named {str(name)[:80]!r}")
         if type(tensor) not in (Tensor, nn.Parameter):
             entry = f"its entry {name[:80]} is not a tensor but {type(tensor).__name__}"

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from sheeprlhf.config import validate as rules
+from sheeprlhf.config.overrides import catalogue
+from sheeprlhf.config.registry import groups
 from sheeprlhf.config.validate import validate
 from tests.unit.config.test_registry import composed, to_typed
 
@@ -105,3 +108,17 @@ def test_wandb_needs_a_login_or_its_offline_mode(tmp_path: Path, monkeypatch: py
 )
 def test_it_is_accepted(words: str) -> None:
     assert validate(to_typed(composed("train", *words.split()))) == []
+
+
+def test_each_rule_names_options_that_exist() -> None:
+    """A rule of a mistyped option would never apply."""
+    known: dict[str, set[str]] = {f"{group}.config_name": set() for group in groups("train")} | {
+        "model.lora_cfg": set()
+    }
+    for entry in catalogue():
+        known.setdefault(entry.option.key, set()).update(entry.option.metadata.get("choices", ()))
+    pairs = [rule[:2] for rule in (*rules._CONFLICTS, *rules._TRAIN_CONFLICTS)]
+    for condition in " ".join(map(" ".join, [*rules._READ_WITH.items(), *pairs])).split():
+        name, _, values = condition.partition("=")
+        choices = known[name.rstrip("!")]
+        assert not choices or not values or set(values.split("|")) <= choices | {"null"}, condition
