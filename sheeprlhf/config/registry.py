@@ -138,8 +138,7 @@ def options(node: Config | DictConfig, prefix: str = "") -> Iterator[Option]:
         if isinstance(value, Config | DictConfig):
             yield from options(value, f"{key}.")
         else:
-            factory = field.default_factory
-            default = field.default if isinstance(factory, type(dataclasses.MISSING)) else factory()
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             yield Option(key, hints[field.name], value, _metadata(cls, field.name), default)
 
 
