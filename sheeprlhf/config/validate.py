@@ -396,14 +396,19 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
 
 def _step_problems(config: TrainConfig) -> Iterator[str]:
     """Problems of rows whose responses have steps, and of options that only these have."""
-    separator = getattr(config.data, "step_separator", None)
-    if not isinstance(config.task, PRMConfig):
-        if separator not in (None, LayoutDataConfig.step_separator):
-            yield unread(f"data.step_separator={separator!r}", f"by task={config.task.config_name}", "task=prm")
+    data, task = config.data, config.task.config_name
+    if isinstance(data, MixDataConfig) and any(mix_problems(data)):
         return
-    if separator is None:
-        yield f"data={config.data.config_name} has no steps with labels, which task=prm learns: give data=local or hub"
-    elif not 0 < len(separator) <= 100:
+    separators = {getattr(of, "step_separator", None) for of in datasets_of(data)}
+    if not isinstance(config.task, PRMConfig):
+        given = separators - {None, LayoutDataConfig.step_separator}
+        yield from (unread(f"data.step_separator={one!r}", f"by task={task}", "task=prm") for one in sorted(given))
+        return
+    if None in separators:
+        yield f"data={data.config_name} has no steps with labels, which task=prm learns: give data=local or hub"
+    elif len(separators) > 1:
+        yield f"data.mix: the datasets have several values of step_separator ({sorted(separators)}): give all the same"
+    elif not 0 < len(*separators) <= 100:
         yield "data.step_separator must be a text of 1 to 100 characters: give for example one line break, '\\n'"
 
 

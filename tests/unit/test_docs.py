@@ -12,6 +12,7 @@ from sheeprlhf.apps.arguments import PLAIN_VERBS, VERBS, parse_args
 from sheeprlhf.config.compose import Source, check
 from sheeprlhf.config.overrides import catalogue
 from sheeprlhf.config.registry import ROOTS, choices, groups
+from tests.faults.test_resume import VARIANTS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -119,6 +120,19 @@ def test_every_task_has_a_page_with_its_equation_options_and_published_settings(
     named = {key for code in inline(page) for key in re.findall(r"\btask\.[a-z_]+", code)}
     assert named - mine - {"task.model_name"} == set()
     assert f"]({task}.md)" in (ROOT / "docs" / "README.md").read_text()
+
+
+def test_the_table_of_algorithms_names_tests_and_covers_every_loss() -> None:
+    text = (ROOT / "docs" / "algorithms.md").read_text()
+    table = text[text.index("| ---") :]
+    named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", table)
+    assert len(named) > 30
+    for file, name in named:
+        assert re.search(rf"^(def )?{name}\b", (ROOT / "tests" / file).read_text(), re.MULTILINE), f"{file}::{name}"
+    variants = set(re.findall(r"\[([^\]]*)\](?!\()", table))
+    assert variants - set(VARIANTS) == set()
+    tasks = {task for task in choices("task", "train") if f"({task}.md)" not in table}
+    assert tasks == {"sft"}
 
 
 def test_the_index_has_every_page() -> None:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from sheeprlhf.agent.batches import Batches, Rows
 from sheeprlhf.agent.reward import SEPARATOR, reward_model_of
+from sheeprlhf.config.registry import datasets_of
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.rows import STEPS
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, evaluate
 from sheeprlhf.loss.reward import step_losses
-from sheeprlhf.structure.data import LayoutDataConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import PRMConfig
 from sheeprlhf.task.loop import TrainLoop
@@ -45,8 +45,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         loop = TrainLoop(fabric, run)
         policy, packed = loop.load_policy(new_head=True)
         model = reward_model_of(policy, cfg.model, loop.tokenizer)
-        assert isinstance(cfg.data, LayoutDataConfig)
-        setattr(model.classifier().config, SEPARATOR, cfg.data.step_separator)
+        [separator] = {getattr(data, "step_separator", None) for data in datasets_of(cfg.data)}
+        setattr(model.classifier().config, SEPARATOR, separator)
         module = loop.set_up(model)
         batches = Batches(fabric, task, packed=packed, targets="steps", extras=labels_of)
         loop.begin(lambda rows, _: partial(batches.of, rows))

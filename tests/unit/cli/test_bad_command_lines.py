@@ -237,6 +237,10 @@ BAD = [
     ("train task=best_of_n rollout.environment=calculator", ["rollout.environment=calculator", "task=best_of_n"]),
     ("train task=prm", ["data=docstrings", "data=local"]),
     (
+        "train task=prm data=mix data.mix=[{train_file:@/rows.jsonl,step_separator:x},{train_file:@/rows.jsonl}]",
+        ["data.mix", "step_separator"],
+    ),
+    (
         "train task=sft data=local data.train_file=@/rows.jsonl data.step_separator=x",
         ["data.step_separator", "task=prm"],
     ),

@@ -113,6 +113,19 @@ def test_reward_functions_get_the_columns_that_all_datasets_have(tmp_path: Path)
     assert "answer" not in note
 
 
+def test_steps_keep_their_labels(tmp_path: Path) -> None:
+    """Rows of two files of steps, each with the labels and the ends of its own."""
+    steps = {"1?": (["a"], [True]), "2?": (["a", "b b"], [True, False]), "3?": (["b"], [False])}
+    rows = [{"prompt": name, "completions": texts, "labels": labels} for name, (texts, labels) in steps.items()]
+    files = [write_jsonl(tmp_path / f"{number}.jsonl", [row]) for number, row in enumerate(rows)]
+    options = {"validation_split": 0.0, "test_split": 0.0, "cache_dir": str(tmp_path / "cache")}
+    cfg = MixDataConfig(mix=[{"train_file": file} for file in files], **options)
+    data = prepare_data(cfg, byte_tokenizer(), kind="stepwise", say=print, progress=False)
+    found = data.splits["train"].examples(range(3))
+    assert [(row.columns or {})["labels"] for row in found] == [labels for _, labels in steps.values()]
+    assert [row.masks()[0].sum() for row in found] == [1, 2, 1]
+
+
 BAD: dict[str, tuple[Any, tuple[str, ...]]] = {
     "no list": ({"train_file": "{few}"}, ("data.mix=",)),
     "empty": ([], ("data.mix=",)),
