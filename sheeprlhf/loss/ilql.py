@@ -4,27 +4,39 @@ Letters: H Q heads, S responses, N tokens of all responses laid end to end (resp
 in the state before it. Every function returns one loss per token, unreduced.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from sheeprlhf.loss.advantage import gae
 
-def q_losses(q_HN: Tensor, values_N: Tensor, rewards_S: Tensor, lengths_S: Tensor, *, gamma: float) -> Tensor:
-    """Squared errors of the Q heads, summed over heads: sum over i of (Q_i - (r + gamma V'))^2.
 
-    V' is the value of the state after the token, without gradient, and 0 after the last token of a response, which
-    alone has a reward.
+def q_losses(
+    q_HN: Tensor, values_N: Tensor, rewards_S: Tensor, lengths: Sequence[int], *, gamma: float, lam: float
+) -> Tensor:
+    """Squared errors of the Q heads, summed over heads: sum over i of (Q_i - G)^2.
+
+    G_t = r_t + gamma ((1 - lam) V_{t+1} + lam G_{t+1}), without gradient. The last token of a response alone has a
+    reward; behind it V and G are 0.
 
     Args:
         q_HN: (H, N) Q of the tokens by each head, reward units.
         values_N: (N,) values of the states before the tokens.
         rewards_S: (S,) reward of each response.
-        lengths_S: (S,) tokens of each response.
+        lengths: tokens of each response.
         gamma: discount of a token.
+        lam: lambda; 0 looks one token ahead, 1 takes the reward.
     """
-    last_S = lengths_S.cumsum(0) - 1
-    next_values_N = torch.cat([values_N[1:], values_N[:1]]).detach().index_fill(0, last_S, 0.0)
-    targets_N = (gamma * next_values_N).index_add(0, last_S, rewards_S.to(next_values_N.dtype))
-    return (q_HN - targets_N).square().sum(dim=0)
+    width = max(lengths)
+    index_N = torch.cat([torch.arange(n) + row * width for row, n in enumerate(lengths)]).to(values_N.device)
+    lengths_S = torch.tensor(lengths, device=values_N.device)
+    shape = (len(lengths), width)
+    values_ST = values_N.new_zeros(len(lengths) * width).index_copy(0, index_N, values_N.detach()).view(shape)
+    rewards_ST = torch.zeros_like(values_ST).scatter(1, lengths_S[:, None] - 1, rewards_S.to(values_ST)[:, None])
+    mask_ST = torch.arange(width, device=values_N.device) < lengths_S[:, None]
+    _, targets_ST = gae(rewards_ST, values_ST, mask_ST, gamma=gamma, lam=lam)
+    return (q_HN - targets_ST.flatten()[index_N]).square().sum(dim=0)
 
 
 def expectile_losses(values_N: Tensor, target_q_N: Tensor, *, expectile: float) -> Tensor:

@@ -280,6 +280,13 @@ class ILQLConfig(PolicyConfig, TrainTaskConfig):
 
     config_name: str = "ilql"
     gamma: float = option(0.99, "Discount of a token.", minimum=0.0, maximum=1.0)
+    td_lambda: float = option(
+        0.0,
+        "Weight of the reward itself in the targets of Q: 0 takes V of the next token, 1 the reward, which reaches the "
+        "first token at once.",
+        minimum=0.0,
+        maximum=1.0,
+    )
     expectile: float = option(0.7, "Expectile of its tokens' Q as value of a state (tau).", minimum=0.5, maximum=0.999)
     cql_coeff: float = option(0.1, "Weight of the loss that lowers the Q of tokens outside the data.", minimum=0.0)
     awac_coeff: float = option(1.0, "Weight of the likelihood of the responses by the language head.", above=0.0)

@@ -92,12 +92,13 @@ def step_plan(
 def _with_q_heads(size: ModelSize, num_heads: int) -> ModelSize:
     """The size with heads of Q and their targets (as the language head, in float32) and V, for each token too."""
     heads, width = num_heads * size.head, size.head // size.vocabulary
+    others = (num_heads + 1) * width + 1
     return size._replace(
         parameters=size.parameters + heads,
-        weights=size.weights + 4 * (2 * heads + width + 1),
-        trainable=size.trainable + 4 * (heads + width + 1),
-        trainable_tensors=size.trainable_tensors + num_heads + 2,
-        trainable_numbers=size.trainable_numbers + heads + width + 1,
+        weights=size.weights + 4 * (2 * heads + others),
+        trainable=size.trainable + 4 * (heads + others),
+        trainable_tensors=size.trainable_tensors + num_heads + 3,
+        trainable_numbers=size.trainable_numbers + heads + others,
         per_token=size.per_token + 4 * width * num_heads,
         checkpointed=size.checkpointed + 4 * width * num_heads,
     )

@@ -1,8 +1,10 @@
 """Implicit language Q-learning (arXiv 2206.11871): offline reinforcement learning from responses that have a reward.
 
-Linear heads on the policy's hidden states estimate Q of every token and V of the state before it. V is an expectile of
-the Q of the data's tokens, so that it approaches the best that the data allow without asking for tokens that they do
-not have. The loss of an optimizer step is the mean over its response tokens, of all rows of the step and all devices.
+Linear heads on the policy's hidden states estimate Q of every token and V of the state before it. A part of Q is the
+same for all tokens, so that tokens which the data do not have are neither better nor worse than the others. V is an
+expectile of the Q of the data's tokens, so that it approaches the best that the data allow without asking for tokens
+that they do not have. The loss of an optimizer step is the mean over its response tokens, of all rows of the step and
+all devices.
 
 The trained policy samples from softmax(logits + advantage_coeff * Q), Q the mean of the target heads; V is the same for
 all tokens. Q is linear in the hidden state, so this is one language head: `final/` holds an ordinary language model.
@@ -59,6 +61,7 @@ class ILQLModel(nn.Module):
         self.q_heads = nn.ModuleList(nn.Linear(width, vocabulary, bias=False) for _ in range(ILQLConfig.num_q_heads))
         for weight_VC in self._q_weights():
             nn.init.normal_(weight_VC, std=1e-3)  # what tokens outside the data keep of it tilts the policy
+        self.q_shared_HC = nn.Parameter(torch.zeros(len(self.q_heads), width))  # part of Q that all tokens have
         self.v_head = nn.Linear(width, 1)
         self.register_buffer("targets_HVC", torch.stack(self._q_weights()).detach())
 
@@ -71,11 +74,11 @@ class ILQLModel(nn.Module):
         hidden_RC = self.policy.hidden_at_head(batch)
         _, head = backbone_and_head(self.policy.causal_lm())
         hidden_NC = hidden_RC.float()[index_N]
-        q_HN = [(hidden_NC * weight_VC[ids_N]).sum(dim=-1) for weight_VC in self._q_weights()]
+        own_HN = [(hidden_NC * weight_VC[ids_N]).sum(dim=-1) for weight_VC in self._q_weights()]
         target_HN = torch.einsum("nc,hnc->hn", hidden_NC.detach(), self.targets_HVC[:, ids_N])
         return TokenValues(
             head_logprobs(hidden_RC, head, index_N, ids_N, mean=False).target_N,
-            torch.stack(q_HN),
+            torch.stack(own_HN) + self.q_shared_HC @ hidden_NC.T,
             torch.stack([head_logprobs(hidden_RC, q, index_N, ids_N, mean=False).target_N for q in self.q_heads]),
             target_HN.amin(dim=0),
             head_scores(hidden_RC, self.v_head)[index_N],
@@ -84,8 +87,9 @@ class ILQLModel(nn.Module):
     @torch.no_grad()
     def update_targets(self, rate: float) -> None:
         """All ranks: move the target heads towards the Q heads: target <- (1 - rate) target + rate Q."""
-        for target_VC, weight_VC in zip(self.targets_HVC, self._q_weights(), strict=True):
-            target_VC.lerp_(whole(weight_VC), rate)
+        weights = zip(self.targets_HVC, self._q_weights(), whole(self.q_shared_HC), strict=True)
+        for target_VC, weight_VC, shared_C in weights:
+            target_VC.lerp_(whole(weight_VC) + shared_C, rate)
 
     @contextmanager
     def weighted_by_q(self, coeff: float) -> Iterator[None]:
@@ -113,8 +117,9 @@ def ilql_loss(model: nn.Module, content: tuple[Batch, Tensor], *, task: ILQLConf
     batch, rewards_S = content
     found = model(batch)
     advantages_N = found.target_q_N - found.values_N.detach()
+    of_q = found.q_HN, found.values_N, rewards_S
     parts_N = {
-        "q_loss": q_losses(found.q_HN, found.values_N, rewards_S, batch.lengths_S, gamma=task.gamma),
+        "q_loss": q_losses(*of_q, batch.response_lengths, gamma=task.gamma, lam=task.td_lambda),
         "v_loss": expectile_losses(found.values_N, found.target_q_N, expectile=task.expectile),
         "cql_loss": -found.q_logprobs_HN.sum(dim=0),
         "nll": -found.logprobs_N,

@@ -23,19 +23,20 @@ from tests.support.models import EOS
 LENGTHS = (3, 1, 2)
 
 
-def test_q_losses_by_a_loop() -> None:
+@pytest.mark.parametrize("lam", [0.0, 0.4, 1.0])
+def test_q_losses_by_a_loop(lam: float) -> None:
     rng = torch.Generator().manual_seed(0)
     q, values, rewards = torch.randn(2, 6, generator=rng), torch.randn(6, generator=rng), torch.tensor([1.0, -2.0, 0.5])
     expected, place = [], 0
     for length, reward in zip(LENGTHS, rewards, strict=True):
-        for t in range(place, place + length):
-            last = t == place + length - 1
-            target = float(reward) if last else 0.9 * float(values[t + 1])
-            expected.append(sum((float(q[head, t]) - target) ** 2 for head in range(2)))
+        target = float(reward)
+        for t in reversed(range(place, place + length)):
+            expected.insert(place, sum((float(q[head, t]) - target) ** 2 for head in range(2)))
+            target = 0.9 * ((1 - lam) * float(values[t]) + lam * target)
         place += length
     values.requires_grad_()
     q.requires_grad_()
-    found = q_losses(q, values, rewards, torch.tensor(LENGTHS), gamma=0.9)
+    found = q_losses(q, values, rewards, LENGTHS, gamma=0.9, lam=lam)
     assert_close(found.tolist(), expected, rtol=1e-5, atol=1e-5)
     found.sum().backward()
     assert values.grad is None and q.grad is not None  # the next value is a constant
@@ -116,6 +117,7 @@ def test_the_parts_of_the_loss_by_hand(model_folder: Callable[..., Path]) -> Non
     task = ILQLConfig(gamma=0.9, cql_coeff=0.3, awac_coeff=2.0, awac_beta=1.5, expectile=0.8)
     with torch.no_grad():
         model.targets_HVC.add_(0.1)
+        model.q_shared_HC.normal_()
         found = ilql_loss(model, (batch, rewards), task=task)
         total = 0.0
         for row, reward in zip(rows, rewards.tolist(), strict=True):
@@ -125,7 +127,8 @@ def test_the_parts_of_the_loss_by_hand(model_folder: Callable[..., Path]) -> Non
             values = model.v_head(hidden)[:, 0].tolist()
             targets = torch.stack([hidden @ target.T for target in model.targets_HVC]).amin(0)
             for t, token in enumerate(row.responses[0].tolist()):
-                q = [float((hidden @ head.weight.T)[t, token]) for head in model.q_heads]
+                weights = [head.weight + own for head, own in zip(model.q_heads, model.q_shared_HC, strict=True)]
+                q = [float((hidden @ weight.T)[t, token]) for weight in weights]
                 nexts = reward if t == 1 else 0.9 * values[t + 1]
                 advantage = float(targets[t, token]) - values[t]
                 nll = -float(output.logits[0, len(PROMPT) - 1 + t].log_softmax(-1)[token])
