@@ -21,7 +21,8 @@ from sheeprlhf.utils import home
 from sheeprlhf.utils.errors import DataError, RecordError
 from sheeprlhf.utils.output import create_file
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 REPORT = "report.json"
 DIGESTS = "digests.json"
 SCHEMA = pa.schema(

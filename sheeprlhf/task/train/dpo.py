@@ -195,7 +195,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         policy, packed = loop.load_policy()
         key: str | None = reference_key(policy, cfg, packed=packed)
         policy = with_adapters(policy, cfg.model)
-        initial = set_up_with_reference(loop, policy) if task.has_fixed_reference() else loop.set_up(policy)
+        source = set_up_with_reference(loop, policy) if task.has_fixed_reference() else loop.set_up(policy)
         module = loop.module
         has_reference, learners, reference = task.loss_type not in NO_REFERENCE and not task.reference_free, None, None
         if task.ref_sync_interval is not None:
@@ -203,7 +203,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             learners = nn.ModuleDict({"policy": policy, "reference": reference})
         key = key if has_reference and reference is None else None
         kept = partial(batches_with_reference, key=key, packed=packed, tail_weight=task.ld_alpha)
-        with_reference = partial(kept, fabric, task, initial)
+        with_reference = partial(kept, fabric, task, source)
         held_out = with_reference(loop.data, "validation", loop.held_out_rows) if loop.held_out else None
         loop.begin(lambda rows, read: partial(with_reference(loop.data, loop.split, read).of, rows), learners)
 
@@ -224,9 +224,9 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             if has_reference:
                 plain = dataclasses.replace(task, sft_coeff=0.0, use_weighting=False)
                 first = list(prepared(loop.load(loop.plan.rows_of_step(0))))
-                losses = partial(dpo_loss, task=plain), partial(initial_loss, task=plain)
                 how = (task.self_check, cfg.fabric.precision, run.say, task.ld_alpha)
-                check_reference(fabric, module, first, *losses, *how)
+                plain_loss, initial = partial(dpo_loss, task=plain), partial(initial_loss, task=plain)
+                check_reference(fabric, module, first, plain_loss, initial, *how)
             else:
                 run.say("no self-check: this loss has no reference")
 
