@@ -436,11 +436,7 @@ def changed_words(group: str, config: Config, left_out: Iterable[str] = ()) -> I
 
 def _text(text: str) -> str:
     """Return a text, in quotes unless Hydra reads it as the same text without them."""
-    parser = OverridesParser.create()
-    try:
-        plain = "${" not in text and parser.parse_override(f"key={text}").value() == text
-        plain = plain and parser.parse_override(f"key=[{text}]").value() == [text]
-    except (HydraException, ValueError):
-        plain = False
+    read = [one and one.value() for one in (_parsed(f"key={text}"), _parsed(f"key=[{text}]"))]
+    plain = "${" not in text and read == [text, [text]]
     mark = Quote.single if '"' in text else Quote.double  # the shell's quotes are single ones
     return text if plain else QuotedString(text.replace("${", "\\${"), mark).with_quotes()
