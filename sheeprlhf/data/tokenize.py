@@ -681,10 +681,7 @@ class TextExchange:
         self._warned = False
 
     def __call__(
-        self,
-        rows: Sequence[Example],
-        texts: Sequence[tuple[str, str, bool]],
-        prompts: Sequence[Example] | None = None,
+        self, rows: Sequence[Example], texts: Sequence[tuple[str, str, bool]], prompts: Sequence[Example] | None = None
     ) -> tuple[Example, ...]:
         """The rows in the reward model's tokens, with its end token where a response ended."""
         rest, found = iter(texts), []

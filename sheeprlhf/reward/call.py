@@ -24,12 +24,7 @@ from sheeprlhf.security.user_calls import (
     import_function,
     is_async,
 )
-from sheeprlhf.structure.reward import (
-    BUILTINS,
-    JUDGE,
-    BuiltinOptionsConfig,
-    RewardSourceConfig,
-)
+from sheeprlhf.structure.reward import BUILTINS, JUDGE, BuiltinOptionsConfig, RewardSourceConfig
 from sheeprlhf.utils.errors import ConfigError, RewardError
 
 PROMPTS = "prompts"

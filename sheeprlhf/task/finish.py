@@ -113,13 +113,7 @@ def check_validation_rows(task: TrainTaskConfig, rows: TokenizedSplit | None) ->
         raise DataError(f"task.{name}={getattr(task, name)} needs validation rows, and this data has none: {advice}")
 
 
-def finish_run(
-    fabric: Fabric,
-    run: Run,
-    trained: Saved,
-    tokenizer: PreTrainedTokenizerBase,
-    state: TrainState,
-) -> None:
+def finish_run(fabric: Fabric, run: Run, trained: Saved, tokenizer: PreTrainedTokenizerBase, state: TrainState) -> None:
     """All ranks: write `final/` for `from_pretrained`; rank zero marks the run finished and says what measures it."""
     run.finish_saving()
     final = safe_path(run.dir, "final")

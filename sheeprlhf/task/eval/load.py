@@ -47,13 +47,7 @@ from sheeprlhf.structure.data import KeptColumns
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.rollout import LocalRolloutConfig, environment_of
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.models import (
-    LoadOptions,
-    load_initial_policy,
-    load_options,
-    load_policy_from_run,
-    prepare_prompts,
-)
+from sheeprlhf.task.models import LoadOptions, load_initial_policy, load_options, load_policy_from_run, prepare_prompts
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.lightning import Fabric

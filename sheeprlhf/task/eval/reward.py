@@ -30,14 +30,7 @@ from sheeprlhf.engine.shard import place
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.reward.score import RawScores, build_reward
 from sheeprlhf.rollout.engines import StopStrings
-from sheeprlhf.rollout.rollout import (
-    decode_rollout,
-    distinct_bigrams,
-    kl_bound,
-    longest_of,
-    predict_scores,
-    to_rollout,
-)
+from sheeprlhf.rollout.rollout import decode_rollout, distinct_bigrams, kl_bound, longest_of, predict_scores, to_rollout
 from sheeprlhf.rollout.sampler import Sampled
 from sheeprlhf.rollout.sources import episode_metrics
 from sheeprlhf.structure.evaluation import NOTHING, REFERENCES, START, FrontierConfig, RewardConfig
