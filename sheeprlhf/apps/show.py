@@ -1,8 +1,9 @@
 """`show` and `--help`: commands, choices and recipes with their options, read from the configuration itself."""
 
 import typing
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -206,17 +207,13 @@ def _unknown_problem(word: str) -> str:
     return f"there is nothing named {clean(word)}: {did}`show` alone lists what can be shown"
 
 
-class _Row(NamedTuple):
-    """An option as it is printed: where it is found, or what it is otherwise, is in the note."""
+def _print_rows(screen: Screen, rows: Sequence[Option], notes: Iterable[str] = repeat("")) -> None:
+    """Each option with its value, a note and, below it, its meaning: once, where several values of one option follow.
 
-    option: Option
-    note: str = ""
-
-
-def _print_rows(screen: Screen, rows: list[_Row]) -> None:
-    """Each option with its value and, below it, its meaning: once, where several values of one option follow."""
-    meanings = [_meaning(row.option) for row in rows]
-    for (option, note), meaning, next_meaning in zip(rows, meanings, [*meanings[1:], None], strict=True):
+    A note says where an option is found, or what it is otherwise.
+    """
+    meanings = [_meaning(option) for option in rows]
+    for option, note, meaning, next_meaning in zip(rows, notes, meanings, [*meanings[1:], None], strict=False):
         must = option.value == "???"
         value = ("must be given", "odd") if must else (shown(option.value) or '""', "value")
         unit = option.metadata.get("unit", "") if isinstance(option.value, int | float) else ""
@@ -243,15 +240,15 @@ def _print_choice(screen: Screen, group: str, name: str) -> None:
     screen.print(heading(f"{group}={name}"))
     screen.print(paragraph(meaning_of(cls)))
     verb = next(verb for verb in ROOTS if group in groups(verb) and name in choices(group, verb))
-    rows = [_Row(option) for option in options(cls(), f"{group}.") if option.key != f"{group}.config_name"]
+    rows = [option for option in options(cls(), f"{group}.") if option.key != f"{group}.config_name"]
     words = [verb if group == "task" else "train task=sft", f"{group}={name}"]
     words += ["experiment_dir=<run>"] if verb == "eval" else []
-    words += [f"{START}={NEWEST}" for row in rows if row.option.key == START and name != TASKS[START]]
-    words += [f"{row.option.key}=<value>" for row in rows if row.option.value == "???"]
+    words += [f"{START}={NEWEST}" for option in rows if option.key == START and name != TASKS[START]]
+    words += [f"{option.key}=<value>" for option in rows if option.value == "???"]
     screen.print(paragraph(f"`{' '.join(words)}`"))
     parents = [parent for parent in cls.__mro__ if parent is cls or not issubclass(parent, BASES[group])]
     own = {option for parent in parents for option in vars(parent).get("__annotations__", ())}
-    parts = [[row for row in rows if (row.option.key.split(".")[1] in own) == is_own] for is_own in (True, False)]
+    parts = [[option for option in rows if (option.key.split(".")[1] in own) == is_own] for is_own in (True, False)]
     every = f"Options of every {f'{verb} ' * (group == 'task')}{_GROUP_NAMES.get(group, group)}:"
     for title, part in zip(("Its own options:", every), parts, strict=True):
         if part:
@@ -284,7 +281,7 @@ def _print_verb(screen: Screen, verb: str) -> None:
         screen.print(entry("experiment=", ", ".join(recipe_names(verb)), width=18))
     screen.print(heading("\nIts own options:"))
     own = [option for option in own if option.key != "experiment"]
-    _print_rows(screen, [_Row(option) for option in sorted(own, key=lambda option: "." in option.key)])
+    _print_rows(screen, sorted(own, key=lambda option: "." in option.key))
     screen.print(f"\n`{verb} --help` lists the options of its groups too.", style="faint")
 
 
@@ -298,12 +295,10 @@ def _print_recipe(screen: Screen, name: str) -> None:
     composed = default_choices("train") | chosen
     of_choices = [found for found in catalogue(["train"]) if not found.group or found.choice == composed[found.group]]
     known = {found.option.key: found.option for found in of_choices}
-    rows = []
-    for key, value in values.items():
-        option = known.get(key, Option(key, Any, None, {}))
-        usual = value == "???" or shown(value) == shown(option.value)
-        rows.append(_Row(option._replace(value=value), "" if usual else f"(else {shown(option.value)})"))
-    _print_rows(screen, rows)
+    rows = [known.get(key, Option(key, Any, None, {})) for key in values]
+    usual, given = [shown(option.value) for option in rows], list(values.values())
+    notes = ["" if new in ("???", old) else f"(else {old})" for new, old in zip(map(shown, given), usual, strict=True)]
+    _print_rows(screen, [option._replace(value=new) for option, new in zip(rows, given, strict=True)], notes)
 
 
 def _print_pipeline(screen: Screen, name: str) -> None:
@@ -322,12 +317,10 @@ def _print_entries(screen: Screen, entries: list[Entry]) -> None:
         names = places.setdefault(group or "command", [])
         if (choice or verb) not in names:
             names.append(choice or verb)
-    rows = []
     keys = list(dict.fromkeys(option.key for option, _ in where.values()))
-    for option, places in sorted(where.values(), key=lambda found: keys.index(found[0].key)):
-        in_words = "; ".join(_location(group, names) for group, names in places.items())
-        rows.append(_Row(option, f"({in_words})"))
-    _print_rows(screen, rows)
+    found = sorted(where.values(), key=lambda row: keys.index(row[0].key))
+    notes = ["; ".join(_location(group, names) for group, names in places.items()) for _, places in found]
+    _print_rows(screen, [option for option, _ in found], [f"({note})" for note in notes])
 
 
 def _location(group: str, names: list[str]) -> str:
@@ -364,12 +357,12 @@ def _print_options(screen: Screen, verb: str, config: Any) -> None:
         if option.key == "task" and option.value == "???":
             for name, cls in choices("task", verb).items():
                 screen.print(f"\n  with task={name}:", style="faint")
-                _print_rows(screen, [_Row(inner) for inner in options(cls(), "task.") if _is_option(inner)])
+                _print_rows(screen, [inner for inner in options(cls(), "task.") if _is_option(inner)])
         elif _is_option(option) and option.key != "experiment":
             before, part = part, option.key.rpartition(".")[0].partition(".")[0]
             if before != part:
                 screen.print()
-            _print_rows(screen, [_Row(option)])
+            _print_rows(screen, [option])
 
 
 def _is_option(option: Option) -> bool:
