@@ -1,4 +1,4 @@
-"""The page of `demo`: one prompt to several models, their answers side by side, as plain text, and the report of their runs."""
+"""The page of `demo`: one prompt to several models, their answers side by side as plain text, and the runs' report."""
 
 import html
 import time
