@@ -20,7 +20,7 @@ from rich.text import Text
 
 import sheeprlhf
 from sheeprlhf.apps.arguments import ParsedArgs
-from sheeprlhf.apps.terminal import Screen, paragraph, table
+from sheeprlhf.apps.terminal import Screen, counted, paragraph, table
 from sheeprlhf.config.memory_advice import Change, memory_reductions, words
 from sheeprlhf.config.overrides import command
 from sheeprlhf.config.path_checks import data_is_here, model_folder
@@ -102,7 +102,7 @@ def devices(cfg: FabricConfig) -> Iterator[Finding]:
     from sheeprlhf.engine.fabric import make_fabric
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    texts = [f"{_count(cores, 'CPU core')}, {_count(torch.get_num_threads(), 'thread')}"]
+    texts = [f"{counted(cores, 'CPU core')}, {counted(torch.get_num_threads(), 'thread')}"]
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         texts.append(f"CUDA {index}: {torch.cuda.get_device_name(index)}, {size_text(free)} of {size_text(total)} free")
@@ -113,14 +113,10 @@ def devices(cfg: FabricConfig) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding("problem", "device", str(error))
         return
-    processes = f"{_count(fabric.world_size, 'process')} on {fabric.device.type}"
+    processes = f"{counted(fabric.world_size, 'process')} on {fabric.device.type}"
     yield Finding("ok", "device", f"{'; '.join(texts)}; fabric={cfg.config_name} starts {processes}")
     if fabric.device.type == "cpu" and torch.cuda.device_count() > 0:
         yield Finding("warning", "device", "the run would not use the CUDA device: give fabric=auto_cuda")
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number} {name}" + ("" if number == 1 else "es" if name.endswith("s") else "s")
 
 
 def precision(cfg: FabricConfig, *, on_cuda: bool) -> Finding:
@@ -448,7 +444,7 @@ def _plan(config: DoctorConfig, offline: str) -> Iterator[Finding]:
     from sheeprlhf.task.scale_plan import ranks_of
 
     fabric, model, ranks = config.fabric, config.model, ranks_of(config.fabric)
-    text = f"{_count(fabric.num_nodes or 1, 'machine')}, {_count(ranks.total, 'process')}, strategy {fabric.strategy}"
+    text = f"{counted(fabric.num_nodes or 1, 'machine')}, {counted(ranks.total, 'process')}, strategy {fabric.strategy}"
     yield Finding("ok", "device", f"{text}; this machine is not checked, nor are the weights and the data")
     if problem := division_problem(fabric, ranks.total):
         yield Finding("problem", "device", problem)

@@ -22,7 +22,7 @@ import sheeprlhf
 from sheeprlhf.apps.pipeline import Row, cells, used_columns
 from sheeprlhf.apps.runs import MARK, Answer, Curve, Evaluation, Exchange, Record
 from sheeprlhf.apps.show import shown
-from sheeprlhf.apps.terminal import clean, is_number
+from sheeprlhf.apps.terminal import clean, counted, is_number
 from sheeprlhf.config.overrides import command
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.utils.home import expand_home
@@ -339,7 +339,7 @@ class Table(NamedTuple):
 
 def build_page(records: list[Record], pipelines: Mapping[str, list[Row]], notes: list[str]) -> str:
     """Render the page of runs, of the stages of pipelines by their folders, and of further remarks."""
-    many = _count(len(records), "run")
+    many = counted(len(records), "run")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_without_secrets
     )
@@ -374,10 +374,6 @@ def build_page(records: list[Record], pipelines: Mapping[str, list[Row]], notes:
 def _without_secrets(value: Any) -> Any:
     """Every expression of the template passes here before it is escaped."""
     return redact_text(plain_text(value)) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number > 1)}"
 
 
 def figure_text(value: float | None) -> str:
@@ -502,7 +498,7 @@ def _results(records: list[Record]) -> Iterator[dict[str, Any]]:
         rows = [[name, *(_number_cell(e.numbers.get(name)) for _, e in columns)] for name in names]
         tables = [Table(["", *heads], rows[:_MAX_NUMBERS])] if rows else []
         if rows[_MAX_NUMBERS:]:
-            more = _count(len(rows) - _MAX_NUMBERS, "more number")
+            more = counted(len(rows) - _MAX_NUMBERS, "more number")
             tables.append(Table(["", *heads], rows[_MAX_NUMBERS:], summary=more))
         calibrations = []
         for head, (number, evaluation) in zip(heads, columns, strict=True):
@@ -609,7 +605,7 @@ def _short_curves(records: list[Record]) -> Table | None:
         ]
         if any(value not in ("", NONE) for value in values):
             rows.append([tag, *(value or NONE for value in values)])
-    summary = _count(len(rows), "more number")
+    summary = counted(len(rows), "more number")
     return Table(_heads(records), rows, numbers=False, summary=summary) if rows else None
 
 
@@ -627,7 +623,7 @@ def _samples(records: list[Record]) -> Iterator[dict[str, Any]]:
     for title, runs in sources.items():
         shared = Counter(key for exchanges in runs.values() for key in exchanges)
         keys = [key for key, _ in shared.most_common(_MAX_PROMPTS)]  # prompts of most runs first
-        many = _count(len(shared), "prompt")
+        many = counted(len(shared), "prompt")
         yield {
             "title": title,
             "count": f"the first {len(keys)} of {many}" if len(shared) > len(keys) else many,
@@ -659,7 +655,7 @@ def _configuration(records: list[Record]) -> dict[str, Any]:
     heads = _heads(records)
     folded = [Table(heads, rows, numbers=False, summary=f"all {len(rows)} options", class_="all")] if rows else []
     if partial:
-        summary = f"{_count(len(partial), 'option')} that only some of the runs have"
+        summary = f"{counted(len(partial), 'option')} that only some of the runs have"
         folded.insert(0, Table(heads, partial, numbers=False, summary=summary))
     return {"differing": Table(heads, differing, numbers=False) if differing else None, "folded": folded}
 

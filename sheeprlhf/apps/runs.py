@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheeprlhf.apps.terminal import clean, is_number
+from sheeprlhf.apps.terminal import clean, counted, is_number
 from sheeprlhf.config.registry import leaves
 from sheeprlhf.config.run_lookup import REPORT_FILE, RUN_FILE, order_of, read_run_config
 from sheeprlhf.engine.rundir import is_locked
@@ -88,7 +88,7 @@ def find_past_runs(root: Path) -> FoundRuns:
             below = sorted((name for name, is_dir in names.items() if is_dir and name[0] != "."), reverse=True)
             waiting.extend((folder / name, depth + 1) for name in below)
     notes = [f"not all was searched: {MAX_FOLDERS:,} folders are the limit"] if waiting else []
-    notes += [f"{unreadable} folder{'s' * (unreadable > 1)} could not be read"] if unreadable else []
+    notes += [f"{counted(unreadable, 'folder')} could not be read"] if unreadable else []
     return FoundRuns(sorted(runs, key=run_order, reverse=True), "; ".join(notes))
 
 
@@ -353,8 +353,7 @@ def _read_curves(folder: Path, notes: list[str]) -> dict[str, Curve]:
         content = content.partition(b"\n")[2]  # it begins in the middle of a row
     curves, invalid = _parse_metrics(content)
     if invalid:
-        rows = f"{invalid:,} row{'s' * (invalid > 1)}"
-        notes.append(f"{rows} of metrics.csv hold no finite number, or too many names: left out")
+        notes.append(f"{counted(invalid, 'row')} of metrics.csv hold no finite number, or too many names: left out")
     if not curves and len(notes) == num_notes:
         notes.append("metrics.csv has no rows yet")
     return curves

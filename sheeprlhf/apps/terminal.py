@@ -97,6 +97,11 @@ def clean(text: object, limit: int = 60) -> str:
     return line if cell_len(line) <= limit else f"{set_cell_size(line, limit - 3)}..."
 
 
+def counted(number: int, name: str) -> str:
+    """A number and what it counts: "1 process", "2 processes"."""
+    return f"{number:,} {name}" + ("" if number == 1 else "es" if name.endswith("s") else "s")
+
+
 def is_number(value: object) -> TypeGuard[int | float]:
     """True for a number of a file that can be shown: finite, not huge, and no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
