@@ -32,7 +32,7 @@ PACKED = "sheeprlhf_packed"
 PACKED_EAGER = "sheeprlhf_packed_eager"  # of models that have no sdpa attention
 _HALF = (torch.bfloat16, torch.float16)
 # A CPU keeps the attention's weights of sequences of so many tokens on average, and so many at most; queries at a time
-_MEAN_DENSE, _LONGEST_DENSE, _BLOCK = 192, 512, 128
+_MEAN_DENSE, _LONGEST_DENSE, _BLOCK = 192, 512, 96
 _UNSUPPORTED = ("position_bias",)  # extras of some models' attention that change the result
 
 
