@@ -105,6 +105,11 @@ EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reas
             "_first_difference(chosen, rejected, shorter_P) -> _first_difference(rejected, chosen, shorter_P)",
         ),
     },
+    "sheeprlhf.loss.sft.expert_counts": {
+        "logits have two dimensions": ("-1 -> 1", "-1 -> 1 #2"),
+        "the last is topk's own choice": ("logits_TE.topk(top_k, dim=-1) -> logits_TE.topk(top_k)",),
+    },
+    "sheeprlhf.loss.sft.probability_sums": {"logits have two dimensions": ("-1 -> 1",)},
     "sheeprlhf.data.sampler.StepPlan.rows_until": {
         "all steps of an epoch read all rows": (
             "num_steps - self.first_step >= self.steps_per_epoch()"

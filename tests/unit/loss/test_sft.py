@@ -15,7 +15,7 @@ from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.step import MicroBatch, update
-from sheeprlhf.loss.sft import RouterLoss, cross_entropy, expert_counts, probability_sums
+from sheeprlhf.loss.sft import RouterLoss, StepRouterLoss, cross_entropy, expert_counts, probability_sums
 from sheeprlhf.model.folder.architecture import configured_router_loss
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
@@ -104,6 +104,17 @@ def test_a_loss_by_hand() -> None:
     first, second = np.exp([2, 0, 0]) / (np.exp(2) + 2), np.exp([0, 1, 0]) / (np.exp(1) + 2)
     expected = 0.1 * 3 * (0.5 * (first + second)[0] / 2 + 0.5 * (first + second)[1] / 2)
     assert float(RouterLoss(0.1, 1, 3).value(counts, sums, 2)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_picks_and_probabilities_of_all_layers_are_added() -> None:
+    layers = [torch.randn(5, 4, generator=torch.manual_seed(seed)).bfloat16() for seed in (0, 1)]
+    counts, sums, rows = expert_counts(layers, 2), probability_sums(layers), torch.cat(layers)
+    picked = torch.zeros(10, 4).double().scatter(1, rows.topk(2).indices, 1.0)
+    assert_close(counts, picked.sum(0), rtol=0, atol=0)
+    assert_close(sums, rows.float().softmax(-1).sum(0))
+    loss = RouterLoss(0.5, 2, 4)
+    assert_close(StepRouterLoss(loss, counts, 10.0, 3.0).share(tuple(layers)), 3 * loss.value(counts, sums, 10.0))
+    assert loss.value(counts, sums, 10.0).dtype == torch.float32
 
 
 def test_what_cannot_be_included_is_reported_once(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
