@@ -278,7 +278,9 @@ def tokens_of_forward(task: TrainTaskConfig, row: int) -> int:
 
 def allocator_share(device: str, finetune_mode: str) -> float:
     """Share of heap fragmentation in activations and logits; zero on CUDA, or where glibc's settings prevent it."""
-    return 0.0 if device == "cuda" or NO_HOLES in os.environ else HOLES[finetune_mode]
+    threshold = os.environ.get(NO_HOLES, "")
+    small = threshold.isdigit() and int(threshold) <= 1 << 20
+    return 0.0 if device == "cuda" or small else HOLES[finetune_mode]
 
 
 def plan(

@@ -25,7 +25,15 @@ from sheeprlhf.model.adapter import add_lora
 from sheeprlhf.model.attention import most_kept_keys, placeholder_mask
 from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
 from sheeprlhf.model.lm_head import MAX_LOGITS, backbone_and_head
-from sheeprlhf.model.memory import LIBRARIES, NO_HOLES, ModelSize, measure, optimizer_bytes, plan
+from sheeprlhf.model.memory import (
+    LIBRARIES,
+    NO_HOLES,
+    ModelSize,
+    allocator_share,
+    measure,
+    optimizer_bytes,
+    plan,
+)
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.run import AdamConfig, AdamWConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.utils.processes import reliable_sigint
@@ -233,3 +241,13 @@ def test_a_real_run_takes_what_was_planned(task: str, mode: str, length: int, tm
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", NO_HOLES: "131072"},
     )
     assert json.loads(done.stdout.splitlines()[-1])["ratio"] == pytest.approx(1.0, abs=0.25)
+
+
+@pytest.mark.parametrize(("threshold", "share"), [(None, 0.8), ("131072", 0.0), ("1073741824", 0.8), ("", 0.8)])
+def test_a_heap_without_holes_needs_a_low_threshold(
+    threshold: str | None, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(NO_HOLES, raising=False)
+    if threshold is not None:
+        monkeypatch.setenv(NO_HOLES, threshold)
+    assert (allocator_share("cpu", "ALL"), allocator_share("cuda", "ALL")) == (share, 0.0)
