@@ -140,13 +140,14 @@ def write_rows(
     with ExitStack() as stack:
         file = stack.enter_context(open(open_file(path, os.O_RDWR), "r+b")) if seen or fabric.is_global_zero else None
         for name, place in places.items():
-            value, own, first, column = values.get(name), fabric.is_global_zero, 0, 0
-            part = part_of(value) if seen and isinstance(value, DTensor) else value
-            if isinstance(part, Part):
-                first, column = ([cut.start for cut in part.place] + [0, 0])[:2]
-                value, own = part.local, part.owns
-            elif isinstance(value, DTensor):
-                value = whole(value)
+            given, own, first, column = values.get(name), fabric.is_global_zero, 0, 0
+            if seen and isinstance(given, DTensor):
+                given = part_of(given) or given
+            if isinstance(given, Part):
+                first, column = ([cut.start for cut in given.place] + [0, 0])[:2]
+                value, own = given.local, given.owns
+            else:
+                value = None if given is None else whole(given)
             if file is None or value is None or not own or problem is not None or not value.numel():
                 continue
             target = tensors[name]

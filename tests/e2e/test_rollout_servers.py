@@ -339,7 +339,7 @@ def test_vllm_is_killed_in_each_phase(
 def test_vllm_samples_ahead(lora: list[str], real: tuple[Path, RealServer], tmp_path: Path) -> None:
     """Rollouts 1 and 2 are of the weights of rollout 0, and 3 and 4 of those of rollout 2."""
     folder, server = real
-    ahead = ["rollout.max_staleness=2", "task.max_num_steps=20", "task.save_rollouts=5", "task.eval_interval=20"]
+    ahead = ["rollout.max_staleness=2", "task.max_num_steps=10", "task.save_rollouts=5", "task.eval_interval=10"]
     data = write_rows(tmp_path / "rows.jsonl", 60)
     run_dir = train(
         folder, data, tmp_path / "run", *words(server.url, *lora, *ahead, "generation.max_new_tokens=12"), task="grpo"
