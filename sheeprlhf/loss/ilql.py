@@ -4,8 +4,6 @@ Letters: H Q heads, S responses, N tokens of all responses laid end to end (resp
 in the state before it. Every function returns one loss per token, unreduced.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from sheeprlhf.loss.advantage import gae
 
 
 def q_losses(
-    q_HN: Tensor, values_N: Tensor, rewards_S: Tensor, lengths: Sequence[int], *, gamma: float, lam: float
+    q_HN: Tensor, values_N: Tensor, rewards_S: Tensor, lengths_S: Tensor, *, width: int, gamma: float, lam: float
 ) -> Tensor:
     """Squared errors of the Q heads, summed over heads: sum over i of (Q_i - G)^2.
 
@@ -24,15 +22,16 @@ def q_losses(
         q_HN: (H, N) Q of the tokens by each head, reward units.
         values_N: (N,) values of the states before the tokens.
         rewards_S: (S,) reward of each response.
-        lengths: tokens of each response.
+        lengths_S: (S,) int64, tokens of each response.
+        width: of the longest one, known to the host.
         gamma: discount of a token.
         lam: lambda; 0 looks one token ahead, 1 takes the reward.
     """
-    width = max(lengths)
-    index_N = torch.cat([torch.arange(n) + row * width for row, n in enumerate(lengths)]).to(values_N.device)
-    lengths_S = torch.tensor(lengths, device=values_N.device)
-    shape = (len(lengths), width)
-    values_ST = values_N.new_zeros(len(lengths) * width).index_copy(0, index_N, values_N.detach()).view(shape)
+    shift_S = torch.arange(len(lengths_S), device=values_N.device) * width - lengths_S.cumsum(0) + lengths_S
+    index_N = torch.arange(len(values_N), device=values_N.device)
+    index_N = index_N + shift_S.repeat_interleave(lengths_S, output_size=len(values_N))
+    shape = (len(lengths_S), width)
+    values_ST = values_N.new_zeros(len(lengths_S) * width).index_copy(0, index_N, values_N.detach()).view(shape)
     rewards_ST = torch.zeros_like(values_ST).scatter(1, lengths_S[:, None] - 1, rewards_S.to(values_ST)[:, None])
     mask_ST = torch.arange(width, device=values_N.device) < lengths_S[:, None]
     _, targets_ST = gae(rewards_ST, values_ST, mask_ST, gamma=gamma, lam=lam)

@@ -117,9 +117,9 @@ def ilql_loss(model: nn.Module, content: tuple[Batch, Tensor], *, task: ILQLConf
     batch, rewards_S = content
     found = model(batch)
     advantages_N = found.target_q_N - found.values_N.detach()
-    of_q = found.q_HN, found.values_N, rewards_S
+    of_q = found.q_HN, found.values_N, rewards_S, batch.lengths_S
     parts_N = {
-        "q_loss": q_losses(*of_q, batch.response_lengths, gamma=task.gamma, lam=task.td_lambda),
+        "q_loss": q_losses(*of_q, width=max(batch.response_lengths), gamma=task.gamma, lam=task.td_lambda),
         "v_loss": expectile_losses(found.values_N, found.target_q_N, expectile=task.expectile),
         "cql_loss": -found.q_logprobs_HN.sum(dim=0),
         "nll": -found.logprobs_N,

@@ -36,7 +36,7 @@ def test_q_losses_by_a_loop(lam: float) -> None:
         place += length
     values.requires_grad_()
     q.requires_grad_()
-    found = q_losses(q, values, rewards, LENGTHS, gamma=0.9, lam=lam)
+    found = q_losses(q, values, rewards, torch.tensor(LENGTHS), width=max(LENGTHS), gamma=0.9, lam=lam)
     assert_close(found.tolist(), expected, rtol=1e-5, atol=1e-5)
     found.sum().backward()
     assert values.grad is None and q.grad is not None  # the next value is a constant
