@@ -105,6 +105,7 @@ EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reas
             "_first_difference(chosen, rejected, shorter_P) -> _first_difference(rejected, chosen, shorter_P)",
         ),
     },
+    "sheeprlhf.loss.ilql.expectile_losses": {"no difference, no loss": ("differences_N >= 0 -> differences_N > 0",)},
     "sheeprlhf.loss.sft.expert_counts": {
         "logits have two dimensions": ("-1 -> 1", "-1 -> 1 #2"),
         "the last is topk's own choice": ("logits_TE.topk(top_k, dim=-1) -> logits_TE.topk(top_k)",),
