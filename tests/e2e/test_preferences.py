@@ -26,7 +26,6 @@ AT_ZERO = {  # the loss of a pair that policy and reference like alike, beta 0.1
     "sppo": 50.0,
     "nca": 2 * math.log(2),
     "bco": 2 * math.log(2),
-    "discopop": 0.5 * math.log(2) + 0.5,
     "exo task.label_smoothing=0.2": 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2),
     "robust task.label_smoothing=0.2": math.log(2),
     **dict.fromkeys(["sigmoid_norm", "aot", "aot_unpaired", "sigmoid task.f_divergence=js"], math.log(2)),
