@@ -399,12 +399,13 @@ def _step_problems(config: TrainConfig) -> Iterator[str]:
     data, task = config.data, config.task.config_name
     if isinstance(data, MixDataConfig) and any(mix_problems(data)):
         return
-    separators = {getattr(of, "step_separator", None) for of in datasets_of(data)}
+    found: list[str | None] = [getattr(of, "step_separator", None) for of in datasets_of(data)]
+    separators = {one for one in found if one is not None}
     if not isinstance(config.task, PRMConfig):
-        given = separators - {None, LayoutDataConfig.step_separator}
+        given = separators - {LayoutDataConfig.step_separator}
         yield from (unread(f"data.step_separator={one!r}", f"by task={task}", "task=prm") for one in sorted(given))
         return
-    if None in separators:
+    if None in found:
         yield f"data={data.config_name} has no steps with labels, which task=prm learns: give data=local or hub"
     elif len(separators) > 1:
         yield f"data.mix: the datasets have several values of step_separator ({sorted(separators)}): give all the same"

@@ -143,6 +143,7 @@ def write_rows(
             given, own, first, column = values.get(name), fabric.is_global_zero, 0, 0
             if seen and isinstance(given, DTensor):
                 given = part_of(given) or given
+            value: Tensor | None
             if isinstance(given, Part):
                 first, column = ([cut.start for cut in given.place] + [0, 0])[:2]
                 value, own = given.local, given.owns
