@@ -45,7 +45,7 @@ from sheeprlhf.utils.launchers import (
     local_rank,
     stale_note,
 )
-from sheeprlhf.utils.memory import keep_freed_memory, phase
+from sheeprlhf.utils.memory import phase, set_malloc
 from sheeprlhf.utils.output import disk_full, write_file
 from sheeprlhf.utils.processes import die_with_parent
 
@@ -252,7 +252,7 @@ def _take_back(config: TrainConfig | EvalConfig, run_dir: Path | None) -> bool:
 def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> Path | None:
     """All ranks: one process becomes all of them here. Returns the result file of an evaluation, on rank zero."""
     silence_libraries()
-    keep_freed_memory()
+    set_malloc(sharded=config.fabric.strategy == "fsdp2")
     import torch
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig

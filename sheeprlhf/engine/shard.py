@@ -11,10 +11,9 @@ the processes with the same share. Weights around the blocks are cut up over all
 ones. So everything but the inside of attention and MLP, gradients too, is equal within a group.
 """
 
-import ctypes
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from fnmatch import fnmatch
 from functools import partial
@@ -45,7 +44,6 @@ from sheeprlhf.utils.lightning import Fabric, ModelParallelStrategy, gather_obje
 from sheeprlhf.utils.memory import available_memory, size_text
 
 T = TypeVar("T")
-_M_MMAP_THRESHOLD = -3  # of malloc.h
 _NORM = "replicated_with_grad_allreduce"  # of each head: a process has the gradient of its own heads
 _STYLES: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
 
@@ -65,9 +63,6 @@ def sharding_strategy(cfg: FabricConfig, num_processes: int, timeout: timedelta)
     if problem := division_problem(cfg, num_processes):
         raise ConfigError(problem)
     on_cpu = cfg.accelerator == "cpu" or not torch.cuda.is_available()
-    if on_cpu:  # gathered blocks and whole gradients go back to the system when they are freed; glibc would keep them
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     how = sharding_options(cfg, on_cpu=on_cpu)
     # The norm of offloaded gradients is a sum over parts on the host.
     backend = "cpu:gloo,cuda:nccl" if cfg.offload == "cpu" and not on_cpu else None

@@ -1,8 +1,6 @@
 """Parts of tensor-parallel weights on ranks of a fake process group, and models that cannot be cut up so."""
 
-import ctypes
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,16 +29,6 @@ def tiny(name: str) -> PreTrainedModel:
 def adapted() -> PreTrainedModel:
     torch.manual_seed(0)
     return get_peft_model(tiny("qwen3"), LoraConfig(r=1, target_modules="all-linear", init_lora_weights=False))
-
-
-@NEEDS_FSDP2
-def test_freed_blocks_go_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[int, int]] = []
-    library = SimpleNamespace(mallopt=lambda *given: calls.append(given))
-    with monkeypatch.context() as patched:
-        patched.setattr(ctypes, "CDLL", lambda _: library)
-        make_fabric(FabricConfig(strategy="fsdp2", devices="2", accelerator="cpu"))
-    assert calls == [(-3, 1 << 20)]  # M_MMAP_THRESHOLD of malloc.h, in bytes
 
 
 @NEEDS_FSDP2

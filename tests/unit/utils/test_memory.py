@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = """
-import resource, numpy
-from sheeprlhf.utils.memory import keep_freed_memory
-keep_freed_memory()
+import resource, sys, numpy
+from sheeprlhf.utils.memory import set_malloc
+set_malloc(sharded="sharded" in sys.argv)
 def fill():
     arrays = [numpy.ones(1 << 20) for _ in range(16)]  # 128 MB, 32,768 small pages
 fill()
@@ -24,17 +24,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such settings")
 @pytest.mark.parametrize(
-    ("given", "least", "most"),
+    ("words", "given", "least", "most"),
     [
-        ({}, 0, 1000),
-        ({"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}, 5000, 10**6),
-        ({"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}, 5000, 10**6),
+        ([], {}, 0, 1000),
+        (["sharded"], {}, 5000, 10**6),
+        ([], {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}, 5000, 10**6),
+        ([], {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}, 5000, 10**6),
     ],
 )
-def test_freed_memory_is_kept_unless_the_environment_says_otherwise(
-    given: dict[str, str], least: int, most: int
+def test_freed_memory_is_kept_unless_weights_are_sharded_or_the_environment_says_otherwise(
+    words: list[str], given: dict[str, str], least: int, most: int
 ) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     env = kept | {"PYTHONPATH": str(ROOT)} | given
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *words], env=env, capture_output=True, text=True, check=True)
     assert least <= int(done.stdout) <= most
