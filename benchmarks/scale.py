@@ -155,7 +155,9 @@ def worker(
     """One rank of a launch; rank zero sends the results."""
     from sheeprlhf.engine.fabric import make_fabric
     from sheeprlhf.structure.run import FabricConfig
+    from sheeprlhf.utils.memory import set_malloc
 
+    set_malloc(sharded=options.get("strategy") == "fsdp2")  # as a run does
     if ranks > 1:
         torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         torchrun |= {"GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "MASTER_PORT": port}
