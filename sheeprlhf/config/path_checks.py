@@ -115,13 +115,15 @@ def model_problem(
             return f"{given} is neither a folder nor a hub id (owner/name): {did}give one of them"
         return None
     run = folder.resolve().parent
-    if (folder / _ADAPTER_CONFIG).is_file():
+    # a run's reward model has its model's config.json beside its adapters
+    has_config = (folder / "config.json").is_file()
+    if (folder / _ADAPTER_CONFIG).is_file() and (key == "reward.folder" or not has_config):
         from sheeprlhf.security.model_folder import merge_advice
 
         if key in _RUN_OF and (run / "config.yaml").is_file():
             return f"{given}: these are adapters of a run, which knows their model: give {_RUN_OF[key]}={run} instead"
         return f"{given}: {merge_advice(folder)}"
-    if not (folder / "config.json").is_file():
+    if not has_config:
         inside, did = folder / "final", "give one in the hub's layout"
         if key in _RUN_OF and (inside / _ADAPTER_CONFIG).is_file():
             did = f"did you mean {shell_word(_RUN_OF[key], str(folder.resolve()))}?"

@@ -246,7 +246,7 @@ RESULT = Schema(  # the figures are what else it holds
 ADAPTER_CONFIG = Schema(dict[str, Any], "give another folder")
 BEST_ROW = Schema(
     {
-        "fate": Literal["kept", "cut", "low"],
+        "status": Literal["kept", "cut", "low"],
         **dict.fromkeys(("prompt", "response", "rejected"), str),
         **dict.fromkeys(("score", "rejected_score", "mean_score", "first_score"), float),
         "n": Count,
