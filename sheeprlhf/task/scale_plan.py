@@ -272,7 +272,8 @@ class DryStep(NamedTuple):
 
 def dry_step(config: DoctorConfig) -> DryStep:
     """Run a sharded step as rank zero of torch's group for tests, without tensor content. Raises ImportError."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # private
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # private, like the next
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     start, ranks = time.process_time(), ranks_of(config.fabric)
     module = build_on_meta(config.model, scores=config.task.trains == "reward model")[1]
@@ -284,6 +285,7 @@ def dry_step(config: DoctorConfig) -> DryStep:
             return _dry_step(config, module, ranks, mesh, start)
     finally:
         torch.distributed.destroy_process_group()
+        _clear_sharding_prop_cache()  # it has rank zero's mesh, which a forked process of another rank would take
 
 
 def _dry_step(config: DoctorConfig, module: nn.Module, ranks: Ranks, mesh: DeviceMesh, start: float) -> DryStep:
