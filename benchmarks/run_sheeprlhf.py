@@ -62,9 +62,9 @@ def main() -> None:
     parser.add_argument("--tag", default="")
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from sheeprlhf.utils.memory import keep_freed_memory
+    from sheeprlhf.utils.memory import set_malloc
 
-    keep_freed_memory()  # as a job does
+    set_malloc(sharded=False)  # as a job does
     import numpy as np
     import torch
 
