@@ -5,8 +5,6 @@ import math
 import os
 import threading
 import time
-import urllib.error
-import urllib.request
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -130,6 +128,9 @@ def why_offline() -> str:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     if time.monotonic() - _silent_since.get(endpoint, -math.inf) < _SILENT_SECONDS:
         return _SILENT
+    import urllib.error  # with ssl and http, which other commands do not need
+    import urllib.request
+
     answered = threading.Event()
 
     def probe() -> None:
