@@ -539,25 +539,25 @@ _READ_WITH = {  # options, separated by spaces, and the conditions without which
     "task.critic_warmup_steps": "task.share_trunk=false",
     "task.ptx_batch_size": "task.ptx_coeff",
 }
-_LORA, _FSDP, _DDP = "model.finetune_mode=LORA", "fabric.strategy=fsdp2", "give fabric.strategy=ddp"
-_VLLM, _NO_LORA = "rollout.config_name=vllm", "give model.finetune_mode=ALL"
+_LORA, _FSDP, _DDP = "model.finetune_mode=LORA", "fabric.strategy=fsdp2", "fabric.strategy=ddp"
+_VLLM, _ALL = "rollout.config_name=vllm", "model.finetune_mode=ALL"
 _MIXED = "fabric.precision=bf16-mixed"
 _CONFLICTS = (  # two conditions that exclude each other, the reason where it is not plain, and the fix
-    (_LORA, "model.lora_cfg=null", "", f"remove model.lora_cfg=null or {_NO_LORA}"),
-    (_LORA, "model.freeze_transformer", "it leaves no layer for adapters", _NO_LORA),
+    (_LORA, "model.lora_cfg=null", "", f"remove model.lora_cfg=null or give {_ALL}"),
+    (_LORA, "model.freeze_transformer", "it leaves no layer for adapters", f"give {_ALL}"),
     (_LORA, "model.frozen_layers", "", "give model.lora_cfg.layers_to_transform=<numbers of layers>"),
-    (_LORA, "model.random_init", "adapters need trained weights", _NO_LORA),
-    (f"{_LORA} model.resize_embeddings", "model.adapter", "it lacks the new rows", f"remove one, or {_NO_LORA}"),
+    (_LORA, "model.random_init", "adapters need trained weights", f"give {_ALL}"),
+    (f"{_LORA} model.resize_embeddings", "model.adapter", "it lacks the new rows", f"remove one, or give {_ALL}"),
     ("model.random_init", "model.adapter", "it fits other weights", "remove one of them"),
     ("model.random_init", "model.quantization", "it needs weights of files", "give model.random_init=false"),
     ("model.resize_embeddings", "model.frozen_layers", "new rows would not train", "give model.frozen_layers=0"),
     ("model.resize_embeddings", "model.freeze_transformer", "new rows would not train", "give one of the two"),
     ("model.quantization", "fabric.precision=64-true", "", "give fabric.precision=32-true"),
-    (_FSDP, "model.quantization", "shards lose the scales of the weights", _DDP),
-    (_FSDP, "optim.config_name=adamw_8bit", "", f"give optim=adamw, or {_DDP[5:]}"),
-    (f"{_FSDP} {_LORA}", "model.resize_embeddings", "", f"{_DDP}, or {_NO_LORA[5:]}"),
-    (f"{_FSDP} {_LORA}", "model.lora_cfg.use_dora", "not tested", _DDP),
-    (f"{_FSDP} {_LORA}", "model.lora_cfg.modules_to_save", "not tested", _DDP),
+    (_FSDP, "model.quantization", "shards lose the scales of the weights", f"give {_DDP}"),
+    (_FSDP, "optim.config_name=adamw_8bit", "", f"give optim=adamw, or {_DDP}"),
+    (f"{_FSDP} {_LORA}", "model.resize_embeddings", "", f"give {_DDP}, or {_ALL}"),
+    (f"{_FSDP} {_LORA}", "model.lora_cfg.use_dora", "not tested", f"give {_DDP}"),
+    (f"{_FSDP} {_LORA}", "model.lora_cfg.modules_to_save", "not tested", f"give {_DDP}"),
     (_FSDP, "fabric.precision=64-true", "", "give fabric.precision=32-true"),
     ("generation.do_sample", "generation.num_beams!=1", "one samples, one searches", "give generation.num_beams=1"),
     ("task.config_name=best_of_n|reward|frontier", "reward.normalize", "scores change", "give reward.normalize=false"),
@@ -569,7 +569,7 @@ _CONFLICTS = (  # two conditions that exclude each other, the reason where it is
     ("reward.min_response_length", "reward.short_penalty=0", "it costs nothing", "give reward.short_penalty=1"),
     (_VLLM, "model.quantization", "", "remove it"),
     (_VLLM, "generation.engine!=native", "", "remove it"),
-    (f"{_VLLM} {_LORA}", "model.resize_embeddings", "", _NO_LORA),
+    (f"{_VLLM} {_LORA}", "model.resize_embeddings", "", f"give {_ALL}"),
     (f"{_VLLM} {_LORA}", "model.lora_cfg.use_dora", "", "give model.lora_cfg.use_dora=false"),
     (f"{_VLLM} {_LORA}", "model.lora_cfg.modules_to_save", "", "give model.lora_cfg.modules_to_save=[]"),
     ("rollout.sync=nccl", "fabric.accelerator!=cuda", "", "give rollout.sync=folder or fabric=auto_cuda"),
@@ -583,7 +583,7 @@ _CONFLICTS = (  # two conditions that exclude each other, the reason where it is
     ("task.lr_warmup_steps", "task.lr_warmup_ratio", "both give the warm-up", "remove one of them"),
 )
 _TRAIN_CONFLICTS = (
-    ("task.config_name=ilql", _LORA, "", _NO_LORA),
+    ("task.config_name=ilql", _LORA, "", f"give {_ALL}"),
     ("model.quantization", "model.finetune_mode=ALL", "they cannot be trained", "give model.finetune_mode=LORA"),
     ("model.adapter", "task.sft_experiment_dir", "these are two starts", "give one of them"),
     ("data.reasoning=mask", "task.completion_only_loss=false", "that learns all tokens", "give one of the two"),
