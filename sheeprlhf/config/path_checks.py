@@ -159,9 +159,20 @@ def dataset_problem(name: str | None) -> str | None:
         return "data.dataset_name is null: give a hub id (owner/name) or a local folder"
     if os.path.isfile(expand_home(name)):
         return f"data.dataset_name={name} is a file: give data=local data.train_file={name}"
-    if name.startswith(EMBEDDED) or os.path.isdir(expand_home(name)):
+    if os.path.isdir(expand_home(name)):
+        return _saved_dataset_problem("data.dataset_name", name)
+    return None if name.startswith(EMBEDDED) else _missing_folder("data.dataset_name", name)
+
+
+def _saved_dataset_problem(key: str, name: str) -> str | None:
+    """The problem of a folder that `save_to_disk` of `datasets` wrote; None of another folder."""
+    folder = expand_home(name)
+    has_splits = (folder / "dataset_dict.json").is_file()
+    if not has_splits and not ((folder / "state.json").is_file() and any(folder.glob("*.arrow"))):
         return None
-    return _missing_folder("data.dataset_name", name)
+    split = "['train']" if has_splits else ""
+    fix = f"write datasets.load_from_disk({str(folder)!r}){split}.to_parquet('rows.parquet'), and give that file"
+    return f"{key}={name} was written by save_to_disk, whose files are not read: {fix}"
 
 
 def _missing_folder(key: str, name: str) -> str | None:
@@ -261,6 +272,8 @@ def unread_files(value: Any) -> list[Path]:
 def _files_of(key: str, name: str) -> list[Path]:
     path = expand_home(name)
     if path.is_dir():
+        if problem := _saved_dataset_problem(key, name):
+            raise ConfigError(problem)
         files = readable_files(files_below(path))
         if not files:
             raise ConfigError(f"{key}={name} is a folder without a file that ends in {_ENDINGS}: give another one")

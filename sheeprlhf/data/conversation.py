@@ -36,13 +36,14 @@ TRAINED = "\0trained"  # key of a message that no file can have: True or False w
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # names of one field
 ROLES = {  # other names, in any letter case -> the role that chat templates know
     **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
-    "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "bot", "ai", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "chatbot", "bot", "ai", "model", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response", "ipython"), "tool"),
 }
 _ROLE = re.compile(r"[A-Za-z_]{1,32}")
 _MARKS = ("weight", "train", "loss")  # whether a message is learned
 _UNKNOWN_MARKS = ("train_detail", "mask", "masked", "loss_mask", "loss_weight", "trainable", "training")
+_TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts of a message
 _PROBE = " (probe)"
 
 
@@ -55,7 +56,7 @@ def read_messages(value: Any, column: str, *, role: str | None = None) -> tuple[
     if isinstance(value, str):
         value = _json(value, column)
     if isinstance(value, Mapping):
-        value = [value]
+        value = _messages_in_object(value, column)
     if not isinstance(value, list | tuple) or not all(isinstance(turn, Mapping) for turn in value):
         raise DataError(f"column '{column}' must be a list of {{role, content}}")
     found = []
@@ -136,6 +137,16 @@ def strings_of(value: Any) -> Iterator[str]:
             waiting += one
 
 
+def _messages_in_object(value: Mapping[Any, Any], column: str) -> list[Any]:
+    """The one message that an object is, or the messages of an object of lists, as older `datasets` store them."""
+    if not _is_list(value.get("role", value.get("from"))):
+        return [value]
+    lists = {key: entries for key, entries in value.items() if entries is not None}
+    if not all(map(_is_list, lists.values())) or len(set(map(len, lists.values()))) > 1:
+        raise DataError(f"column '{column}' has lists of different lengths; write a list of {{role, content}}")
+    return [dict(zip(lists, entries, strict=True)) for entries in zip(*lists.values(), strict=True)]
+
+
 def _message(turn: Mapping[Any, Any]) -> Message:
     """One message in the form that chat templates read."""
     given = {str(key): value for key, value in turn.items() if value is not None}
@@ -180,7 +191,7 @@ def _content(value: Any) -> str:
         return text({"content": value}, "content")
     parts = []
     for part in value:
-        if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        if isinstance(part, Mapping) and part.get("type", "text") in _TEXT_PARTS and isinstance(part.get("text"), str):
             part = part["text"]
         if not isinstance(part, str):
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__

@@ -13,6 +13,7 @@ from sheeprlhf.data.conversation import ConversationExample, has_messages, margi
 from sheeprlhf.data.rows import (
     CONVERSATION_EXTRAS,
     STEPS,
+    DropRowError,
     MissingColumnError,
     PreferenceExample,
     best_first,
@@ -109,16 +110,23 @@ def _named(row: Mapping[str, Any]) -> Mapping[str, Any]:
         row |= {"chosen": row.get("response"), "rejected": row["rejected_response"]}
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if row.get("prompt") is None and isinstance(chosen, str) and isinstance(rejected, str):
-        end = chosen.rfind(TURN) + len(TURN)
-        if (
-            chosen.lstrip().startswith(HUMAN)
-            and end >= len(TURN)
-            and end - len(TURN) == rejected.rfind(TURN)
-            and chosen[:end] == rejected[:end]
-        ):
-            row |= {
-                "prompt": chosen[:end],
-                "chosen": led_by_space(chosen[end:]),
-                "rejected": led_by_space(rejected[end:]),
-            }
+        row |= _common_dialogue(chosen, rejected)
     return row
+
+
+def _common_dialogue(chosen: str, rejected: str) -> dict[str, str]:
+    """Prompt and answers of two dialogues that begin with the same question; nothing for other texts.
+
+    Raises DropRowError if the dialogues differ before their last answers.
+    """
+    first = chosen.find(TURN) + len(TURN)
+    if first < len(TURN) or chosen[:first] != rejected[:first] or not chosen.lstrip().startswith(HUMAN):
+        return {}
+    last = chosen.rfind(TURN) + len(TURN)
+    if chosen[:last] != rejected[:last] or TURN in rejected[last:]:
+        raise DropRowError("more_than_one_answer")
+    return {
+        "prompt": chosen[:last],
+        "chosen": led_by_space(chosen[last:]),
+        "rejected": led_by_space(rejected[last:]),
+    }

@@ -268,7 +268,7 @@ def _is_conversation(values: Mapping[str, Any], sources: Sources) -> bool:
     """True if a row has messages, in a column for them or in place of a text."""
     texts = {*TEXT_COLUMNS, *(column for of in sources.values() for column in of)}
     return any(values.get(name) is not None for name in CONVERSATION_COLUMNS) or any(
-        isinstance(values.get(name), list) for name in texts
+        isinstance(values.get(name), list | dict) for name in texts
     )
 
 

@@ -374,15 +374,19 @@ def _rows(file: Path, columns: list[str], part: Part) -> Iterator[dict[str, Any]
     for batch in parquet.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=columns):
         first = min(max(begin - place, 0), batch.num_rows)
         for row in batch.slice(first, max(end - place - first, 0)).to_pylist():
-            yield {name: _without_nulls(row[name]) for name in columns}
+            yield {name: row[name] for name in columns}
         place += batch.num_rows
 
 
-def _without_nulls(value: Any) -> Any:
-    """A nested value without the keys that are null: in parquet all objects of a column have the keys of each."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose nested objects lack their null keys: in parquet all objects of a column have the keys of each."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without(one) for key, one in value.items() if one is not None}
+        return [without(one) for one in value] if isinstance(value, list) else value
+
+    return {name: without(value) for name, value in row.items()}
 
 
 def open_parquet(file: Path) -> pq.ParquetFile:
@@ -485,11 +489,11 @@ def read_batches(
         before = number
         left_out = _count_left_out(file, limit and limit - number, layout)
         options = {} if part == WHOLE else {"part": part}
-        read = partial(read_parquet, known=_columns(file, layout)) if _is_parquet(file) else READERS[_kind(file)]
-        rows = read(file, **options)
-        for place, values in rows:
+        is_parquet = _is_parquet(file)
+        read = partial(read_parquet, known=_columns(file, layout)) if is_parquet else READERS[_kind(file)]
+        for place, values in read(file, **options):
             try:
-                known, others = layout(values)
+                known, others = layout(_without_nulls(values) if is_parquet else values)
             except DataError as error:
                 raise DataError(f"{file.name} {place}: {error}") from None
             kept = (

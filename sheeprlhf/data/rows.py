@@ -5,7 +5,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -158,13 +158,16 @@ def led_by_space(response: str) -> str:
     return f" {stripped}" if stripped else ""
 
 
-def column_advice(present: Iterable[str], others: Iterable[str]) -> str:
-    """The columns of a row that lacks an expected one, `others` than `COLUMNS` last, and the probable replacement."""
+def column_advice(present: Iterable[str], others: Iterable[str], unread: Collection[str] = ()) -> str:
+    """The columns of a row that lacks an expected one, `others` than `COLUMNS` last, and the probable replacement.
+
+    `unread` are columns that the task does not read, so that no other column can stand for them.
+    """
     has, others = list(present), list(others)
     sources: dict[str, list[str]] = {}
     for name in others:
         near = difflib.get_close_matches(name.strip().casefold(), _MEANT, n=1, cutoff=0.75)
-        if near and _MEANT[near[0]] not in {*has, *sources}:
+        if near and _MEANT[near[0]] not in {*has, *sources, *unread}:
             sources[_MEANT[near[0]]] = [name]
     if "prompt" in sources:  # what belongs to the prompt must not be lost by the advice
         for name in others:

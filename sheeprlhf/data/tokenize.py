@@ -351,7 +351,8 @@ class RowTokenizer:
             return [TokenRow(row.number, nowhere, REFUSED, detail=f"{row.place}: {error}")]
         except MissingColumnError as error:
             present = [name for name, value in row.values.items() if value is not None]
-            raise DataError(f"{row.place}: {error}; {column_advice(present, row.others)}") from None
+            unread = ("response", "label") if self.kind == "preference" else ()
+            raise DataError(f"{row.place}: {error}; {column_advice(present, row.others, unread)}") from None
         except DataError as error:
             raise DataError(f"{row.place}: {error}") from None
 

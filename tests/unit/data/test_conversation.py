@@ -78,6 +78,23 @@ SFT = {
         {"messages": [USER | {"content": [{"type": "text", "text": "as"}, {"type": "text", "text": "k"}]}, ANSWER]},
         QUESTION,
     ),
+    "types of parts": (
+        {
+            "messages": [
+                USER | {"content": [{"type": "input_text", "text": "ask"}]},
+                ANSWER | {"content": [{"type": "output_text", "text": "yes"}]},
+            ]
+        },
+        QUESTION,
+    ),
+    "object of lists": (
+        {"conversations": {"from": ["human", "gpt"], "value": ["ask", "yes"], "weight": [None, 1], "name": None}},
+        QUESTION,
+    ),
+    "prompt as an object of lists": (
+        {"prompt": {"role": ["user"], "content": ["ask"]}, "response": "yes", "system": "Be brief."},
+        SYSTEM,
+    ),
     "nulls": ({"messages": [USER | {"tool_calls": None, "name": None}, ANSWER | {"weight": None}]}, QUESTION),
     "later question": ({"messages": [USER, ANSWER, USER]}, QUESTION),
 }
@@ -131,6 +148,9 @@ def test_a_dialogue_text_without_prompt_has_its_common_start_as_prompt() -> None
     start = "\n\nHuman: ask\n\nAssistant: hm\n\nHuman: more\n\nAssistant:"
     row = {"chosen": f"{start} yes", "rejected": f"{start} no"}
     assert read(row, "preference") == [start, f" yes{END}", f" no{END}"]
+    for other in (f"{start} no\n\nHuman: why\n\nAssistant: so", start.replace("more", "less") + " no"):
+        assert run({"chosen": f"{start} yes", "rejected": other}, "preference").dropped == "more_than_one_answer"
+        assert run({"chosen": other, "rejected": f"{start} yes"}, "preference").dropped == "more_than_one_answer"
     other = {"chosen": "\n\nHuman: a\n\nAssistant: yes", "rejected": "\n\nHuman: b\n\nAssistant: no"}
     with pytest.raises(DataError, match="column 'prompt' is missing"):
         run(other, "preference")

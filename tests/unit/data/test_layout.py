@@ -86,6 +86,13 @@ def test_the_advice_is_followed_to_the_letter(
     assert texts(made, tokenizer) == [(expected[0], *(text + END for text in expected[1:]))]
 
 
+@pytest.mark.parametrize("others", [("response_0", "response_1", "better_response_id"), ("answer", "labels")])
+def test_pairs_are_never_made_of_columns_for_one_response(others: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=others[0]) as refused:
+        prepare(local(tmp_path, [{"prompt": "Say", **dict.fromkeys(others, "a")}]), byte_tokenizer(), "preference")
+    assert "data.columns" not in str(refused.value)
+
+
 @pytest.mark.parametrize("history", [[["a", "b"]], '[["a", "b"]]', None])
 def test_alpaca_with_a_system_text_and_earlier_questions_is_a_conversation(history: Any, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(template=TEMPLATE)
@@ -156,7 +163,7 @@ ROWS: list[dict[str, Any]] = [
     {
         "prompt": f"{number} is?",
         "answer": str(number),
-        "meta": {"level": number, "tags": [None, "a"], "more": [{"x": 1.5}]},
+        "meta": {"level": number if number % 2 else None, "tags": [None, "a"], "more": [{"x": 1.5}]},
         "empty": None,
     }
     for number in range(6)

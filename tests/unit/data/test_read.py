@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
-from sheeprlhf.config.path_checks import data_file_problems
+from sheeprlhf.config.path_checks import data_file_problems, dataset_problem
 from sheeprlhf.data import source
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.read import BATCH_CHARS, open_data, read_batches
@@ -293,6 +293,20 @@ def test_folders_and_names(tmp_path: Path) -> None:
     ]:
         with pytest.raises(DataError, match=message):
             located(name)
+
+
+@pytest.mark.parametrize("files", [("state.json", "dataset_info.json", "a.arrow"), ("dataset_dict.json",)])
+def test_folders_of_save_to_disk_are_named(files: tuple[str, ...], tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    for key, problems in (
+        ("data.dataset_name", [dataset_problem(str(tmp_path))]),
+        ("data.train_file", data_file_problems("data.train_file", str(tmp_path))),
+    ):
+        [problem] = problems
+        assert key in str(problem) and "to_parquet" in str(problem)
+    (tmp_path / files[0]).unlink()
+    assert dataset_problem(str(tmp_path)) is None
 
 
 def test_a_cached_hub_dataset_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
