@@ -16,7 +16,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,6 +44,7 @@ from sheeprlhf.utils.lightning import Fabric, RankGroup, gather_objects, is_wrap
 from sheeprlhf.utils.modes import rng_state, set_rng_state
 from sheeprlhf.utils.output import create_file, make_folder, safe_path, sweep_scratch
 
+T = TypeVar("T")
 STATE_FILE = "state.json"
 NOT_THE_SAME = "but not bit for bit the same (in float32 and without dropout, losses agree to about 1e-5 a step)"
 _8BIT_TABLES = ("qmap1", "qmap2", "absmax1", "absmax2")  # of bitsandbytes: 256 values of a byte; scales of 256 numbers
@@ -183,61 +184,67 @@ def save_checkpoint(
         "optimizer.safetensors": optimizer_tensors(module, optimizer),
         "rng.safetensors": {f"{rank}/{name}": t for rank, rng in enumerate(rngs) for name, t in rng.items()},
     }
-    target = run_dir / "checkpoints" / f"step-{state.step}"
-    state = dataclasses.replace(state, extra=dict(state.extra))
-    facts = {"config_hash": config_hash, "step": state.step, **numerics_info(fabric, module)}
+    checkpoint = _Checkpoint(
+        target=run_dir / "checkpoints" / f"step-{state.step}",
+        state=dataclasses.replace(state, extra=dict(state.extra)),
+        files=files,
+        facts={"config_hash": config_hash, "step": state.step, **numerics_info(fabric, module)},
+    )
 
     def save(ranks: Fabric | RankGroup, values: Values) -> None:
-        _save(ranks, target, state, files, values, facts=facts, keep=keep, say=say)
+        _save(ranks, checkpoint, values, keep=keep, say=say)
 
     if background is None:
         save(fabric, files)
     else:
         background.start(files, save)
-    return target
+    return checkpoint.target
 
 
-def _save(
-    fabric: Fabric | RankGroup,
-    target: Path,
-    state: TrainState,
-    files: dict[str, dict[str, Tensor]],
-    values: Values,
-    *,
-    facts: dict[str, Any],
-    keep: int,
-    say: Notify,
-) -> None:
-    """All ranks: check and write tensors with these values, which are `files` or copies of this rank's parts of it."""
+class _Checkpoint(NamedTuple):
+    """A checkpoint that is written."""
+
+    target: Path
+    state: TrainState
+    files: dict[str, dict[str, Tensor]]  # its tensors by file and name
+    facts: dict[str, Any]  # for the manifest
+
+
+def _save(ranks: Fabric | RankGroup, checkpoint: _Checkpoint, values: Values, *, keep: int, say: Notify) -> None:
+    """All ranks: check and write a checkpoint, with these values of its tensors or of this rank's parts of them."""
+    target, files = checkpoint.target, checkpoint.files
     weights = {name for name, tensor in files["model.safetensors"].items() if isinstance(tensor, nn.Parameter)}
     checked = {name: value for name, value in values["model.safetensors"].items() if name in weights}
     bad = not_finite({**checked, **values["optimizer.safetensors"]})
-    name = next(filter(None, gather_objects(fabric, bad)), None)
-    problem, is_saved = None, False
-    if fabric.is_global_zero:
+    name = next(filter(None, gather_objects(ranks, bad)), None)
+
+    def prepare() -> bool:
+        """Make room for the folder; True if it is there already."""
+        if name is not None:
+            raise CheckpointError(f"{name} is not finite: {target} is not written; lower optim.lr")
+        make_folder(target.parent.parent, "checkpoints")
+        safe_path(target.parent.parent, f"checkpoints/{target.name}")
+        return _is_saved(target, checkpoint.facts["config_hash"], say)
+
+    if not _on_rank_zero(ranks, target, prepare):
+        _write(ranks, checkpoint, values)
+    _on_rank_zero(ranks, target, partial(_prune, target.parent, checkpoint.state, keep, say))
+
+
+def _on_rank_zero(ranks: Fabric | RankGroup, target: Path, call: Callable[[], T]) -> T:
+    """All ranks: the result of a call on rank zero. Raises CheckpointError on all ranks if it cannot write `target`."""
+    result, problem = None, None
+    if ranks.is_global_zero:
         try:
-            if name is not None:
-                raise CheckpointError(f"{name} is not finite: {target} is not written; lower optim.lr")
-            make_folder(target.parent.parent, "checkpoints")
-            safe_path(target.parent.parent, f"checkpoints/{target.name}")
-            is_saved = _is_saved(target, facts["config_hash"], say)
+            result = call()
         except (CheckpointError, UnsafePathError) as error:
             problem = str(error)
         except OSError as error:
             problem = f"cannot write {target}: {error}"
-    problem, is_saved = fabric.broadcast((problem, is_saved))
+    result, problem = ranks.broadcast((result, problem))
     if problem is not None:
         raise CheckpointError(problem)
-    if not is_saved:
-        _write(fabric, target, state, files, values, facts)
-    if fabric.is_global_zero:
-        try:
-            _prune(target.parent, state, keep, say)
-        except (CheckpointError, UnsafePathError, OSError) as error:
-            problem = f"cannot write {target}: {error}"
-    problem = fabric.broadcast(problem)
-    if problem is not None:
-        raise CheckpointError(problem)
+    return cast(T, result)
 
 
 def numerics_info(fabric: Fabric, module: nn.Module) -> dict[str, Any]:
@@ -265,15 +272,9 @@ def _is_saved(target: Path, config_hash: str, say: Notify) -> bool:
     return False
 
 
-def _write(
-    fabric: Fabric | RankGroup,
-    target: Path,
-    state: TrainState,
-    files: dict[str, dict[str, Tensor]],
-    values: Values,
-    facts: dict[str, Any],
-) -> None:
+def _write(ranks: Fabric | RankGroup, checkpoint: _Checkpoint, values: Values) -> None:
     """All ranks: each writes its parts of sharded tensors; rank zero the rest."""
+    files = checkpoint.files
     versions = {"python": platform.python_version(), "torch": torch.__version__, "lightning": version("lightning")}
     sharded = [name for name, tensors in files.items() if any(isinstance(t, DTensor) for t in tensors.values())]
 
@@ -286,17 +287,17 @@ def _write(
                 save_file({key: tensor.detach().contiguous() for key, tensor in whole.items()}, folder / name)
 
     def fill(folder: Path, seen: bool) -> None:
-        if sharded and not seen and isinstance(fabric, RankGroup):  # no collectives of the tensors in a thread
+        if sharded and not seen and isinstance(ranks, RankGroup):  # no collectives of the tensors in a thread
             raise OSError("not all ranks see the folder: give task.async_checkpoints=false")
         for name in sharded:
-            write_rows(fabric, folder / name, files[name], values[name], seen=seen)
+            write_rows(ranks, folder / name, files[name], values[name], seen=seen)
 
     def finish(folder: Path) -> None:
-        create_file(folder, STATE_FILE, state.to_json().encode())
-        write_manifest(folder, facts | versions)
+        create_file(folder, STATE_FILE, checkpoint.state.to_json().encode())
+        write_manifest(folder, checkpoint.facts | versions)
 
     num_bytes = sum(t.nbytes for tensors in files.values() for t in tensors.values())
-    write_together(fabric, target, create, fill, finish, num_bytes=num_bytes)
+    write_together(ranks, checkpoint.target, create, fill, finish, num_bytes=num_bytes)
 
 
 def _set_aside(folder: Path, say: Notify) -> None:
