@@ -78,8 +78,8 @@ class Run:
         self._signals: SignalFlags | None = None
         self._writer: MetricWriter | None = None
         self._progress: Progress | None = None
-        self._began, self._began_at_step = time.monotonic(), 0
         self._state = TrainState()
+        self._trained: tuple[nn.Module, Optimizer] | None = None  # what checkpoints hold
         self._said: set[str] = set()
         self._tokens, self._tokens_since = 0.0, time.monotonic()
         self._counted_at = 0  # the step with which the number of skipped steps was last logged
@@ -95,7 +95,11 @@ class Run:
             self.say(text)
 
     def restore(self, module: nn.Module, optimizer: Optimizer) -> TrainState:
-        """All ranks, once, before the first log: continue from the newest good checkpoint, or start at step 0."""
+        """All ranks, once, before the first log: continue from the newest good checkpoint, or start at step 0.
+
+        Later checkpoints hold the same module and optimizer, and the state that is returned.
+        """
+        self._trained = module, optimizer
         state = restore_latest(self._fabric, self.dir, module, optimizer, config_hash=self._config_hash, say=self.say)
         self._state = state or TrainState()
         if self.cfg.task.async_checkpoints:
@@ -112,7 +116,6 @@ class Run:
     def begin(self, step: int) -> None:
         """All ranks, instead of `restore`, for a run without checkpoints: continue after `step`, 0 for a new run."""
         self._signals = self._stack.enter_context(noted_signals(self._fabric.is_global_zero))
-        self._began, self._began_at_step = time.monotonic(), step
         self.say(f"going on after step {step}" if step else "starting at step 0")
         if self._fabric.is_global_zero:
             trackers, events = open_trackers(self.cfg, self.dir, self.say), "tensorboard" in self.cfg.log
@@ -126,17 +129,17 @@ class Run:
         state.skipped_steps += 1
         self.say(f"left out a step, {state.skipped_steps} of at most {most}: {error}")
 
-    def save(self, state: TrainState, module: nn.Module, optimizer: Optimizer) -> Path:
-        """All ranks: write checkpoints/step-<state.step>; validate before, so that it knows the best step.
+    def save(self) -> Path:
+        """All ranks: write the checkpoint of the state's step; validate before, so that it knows the best step.
 
         With `task.async_checkpoints` it is written in the background, after the one before.
         """
+        assert self._trained is not None
         return save_checkpoint(
             self._fabric,
             self.dir,
-            state,
-            module,
-            optimizer,
+            self._state,
+            *self._trained,
             config_hash=self._config_hash,
             keep=self._keep,
             say=self._say_once,
@@ -161,19 +164,17 @@ class Run:
         if self._writer is not None:
             self._writer.log_text(tag, text, step)
 
-    def begin_progress(self, state: TrainState, total: int) -> None:
-        """Begin to measure the steps from `state.step` to `total`: call it right before the first of them."""
+    def begin_progress(self, step: int, total: int) -> None:
+        """Begin to measure the steps from `step` to `total`: call it right before the first of them."""
         self._tokens, self._tokens_since = 0.0, time.monotonic()
         if self._fabric.is_global_zero:
-            self._progress = Progress(total, state.step)
+            self._progress = Progress(total, step)
 
-    def show_progress(self, state: TrainState, total: int, what: str, amount: float) -> None:
-        """`state.step` of `total` steps and `amount` more tokens are done; time runs from begin_progress or restore."""
+    def show_progress(self, step: int, what: str, amount: float) -> None:
+        """All ranks: `step` steps and `amount` more tokens are done; `what`: "loss 0.1234"."""
         self._tokens += amount
-        if self._fabric.is_global_zero:
-            if self._progress is None:
-                self._progress = Progress(total, self._began_at_step, began=self._began)
-            self._progress.show(state.step, what, amount)
+        if self._progress is not None:
+            self._progress.show(step, what, amount)
 
     def peak_memory(self) -> int | None:
         """Bytes that this process has needed at most; on CUDA, of the GPU."""
@@ -198,13 +199,11 @@ class Run:
             raise Interrupted(signum)
         raise SystemExit(0)
 
-    def end_step(
-        self, state: TrainState, module: nn.Module, optimizer: Optimizer, *, save: bool, last: bool = False
-    ) -> None:
+    def end_step(self, *, save: bool, last: bool) -> None:
         """All ranks, after each step: save if asked, signalled or best. Raises Interrupted at a signal to stop."""
         signum = self.stop_signal()
-        if save or signum or state.best_step == state.step:
-            self.save(state, module, optimizer)
+        if save or signum or self._state.best_step == self._state.step:
+            self.save()
         if signum:
             self.finish_saving()
         if signum in STOP_SIGNALS and not last:
@@ -267,10 +266,10 @@ def _save_config(cfg: TrainConfig, run_dir: Path) -> bool:
 class Progress:
     """Rank zero only: steps done, what came of them, speed and time left."""
 
-    def __init__(self, total: int, start: int, *, began: float | None = None) -> None:
-        """Begin at step `start` of `total`; speed is counted in tokens per second since `began`, or since now."""
+    def __init__(self, total: int, start: int) -> None:
+        """Begin at step `start` of `total`; speed is counted in tokens per second from now on."""
         self._total, self._start = total, start
-        self._began = time.monotonic() if began is None else began
+        self._began = time.monotonic()
         self._amount = 0.0
         self._next_line = self._began + _SECONDS_BETWEEN_LINES
         self._bar = None

@@ -125,11 +125,11 @@ class TrainLoop:
                 `data.streaming` it is called for each shard, else once, before the checkpoint is restored.
             learners: everything that is saved; None is the trained model only.
         """
-        self._load_of, self._learners = load_of, self.module if learners is None else learners
+        self._load_of = load_of
         if self.stream is None:
             self.load = load_of(self.rows, self.plan.rows_until(self.num_steps))
         torch.manual_seed(self.run.cfg.seed + data_rank(self.fabric).rank)  # equal weights on all ranks, other dropout
-        self.state = self.run.restore(self._learners, self.optimizer)
+        self.state = self.run.restore(self.module if learners is None else learners, self.optimizer)
         if self.stream is not None:
             self._open_shard(int(self.state.extra.get("shard", 0)), int(self.state.extra.get("shard_step", 0)))
 
@@ -137,7 +137,7 @@ class TrainLoop:
         """Yield the remaining steps. After each: log its metrics, save a checkpoint, act on signals."""
         run, state, task = self.run, self.state, self.run.cfg.task
         numbers = range(state.step, state.step if task.stops_early(state.stale_validations) else self.num_steps)
-        run.begin_progress(state, self.num_steps)
+        run.begin_progress(state.step, self.num_steps)
         for number, batches in self._loaded(numbers):
             warmup = task.num_warmup_steps(self.num_steps)
             lr = follow_schedule(self.optimizer, run.cfg.optim, number, warmup=warmup, total=self.num_steps)
@@ -149,7 +149,7 @@ class TrainLoop:
                     "epoch": self.plan.epochs_before(state.step) / (1 if self.stream is None else len(self.stream)),
                 }
                 run.log({f"train/{name}": value for name, value in metrics.items()} | run.usage(), state.step)
-            run.end_step(state, self._learners, self.optimizer, save=self.due(task.save_interval), last=self.is_last)
+            run.end_step(save=self.due(task.save_interval), last=self.is_last)
             if self.is_last:
                 return
 
@@ -252,7 +252,7 @@ class Step:
         state.step = self._number + 1
         state.items_seen += int(self.metrics["items"])
         num_tokens = loop.rows.lengths[loop.plan.rows_of_step(self._number)].sum()
-        run.show_progress(state, loop.num_steps, f"loss {self.metrics['loss']:.4f}", num_tokens)
+        run.show_progress(state.step, f"loss {self.metrics['loss']:.4f}", num_tokens)
         return self.metrics
 
     @property
@@ -325,13 +325,12 @@ class RolloutLoop:
         """
         fabric, run = self.fabric, self.run
         self.module, self.optimizer = trained or set_up(fabric, run.cfg.optim, self.models.policy, run.cfg.peak_lr())
-        self._learners = self.module if learners is None else learners
         self._eval_weights = eval_weights
         if isinstance(self._reference, Policy):  # else it is on the policy's base
             place(fabric, self._reference)
         self.collect = build_collector(fabric, run, self._setup, self._reference)
         torch.manual_seed(run.cfg.seed + data_rank(fabric).rank)  # equal weights on all ranks, other dropout
-        self.state = run.restore(self._learners, self.optimizer)
+        self.state = run.restore(self.module if learners is None else learners, self.optimizer)
         self.collect.restore(self.state.extra)
         held_out = self._setup.held_out
         self._validate = None if held_out is None else RolloutValidator(run, self.collect, held_out)
@@ -369,7 +368,7 @@ class RolloutLoop:
                 "extend a run whose task.max_num_steps is a whole number of rollouts"
             )
         total = whole.num_steps()
-        run.begin_progress(state, total)
+        run.begin_progress(state.step, total)
         num_rollouts = whole.rollout_after(total)
         if stream is not None:  # at least; the sizes of later shards are not known
             num_rollouts = -(-total // whole.steps_of_full_rollout())
@@ -446,7 +445,7 @@ class RolloutLoop:
         state.extra = iteration.extra_state | self.collect.state()
         means = iteration.means()
         scores, kl = means["objective/scores"], means["objective/kl"]
-        run.show_progress(state, num_steps, f"score {scores:.3f}, KL {kl:.2f}", num_tokens)
+        run.show_progress(state.step, f"score {scores:.3f}, KL {kl:.2f}", num_tokens)
 
         def due(interval: int) -> bool:
             return last or state.step // interval > before // interval
@@ -461,7 +460,7 @@ class RolloutLoop:
         save, servers = due(task.save_interval) or state.best_step == state.step, self.collect.servers
         if save and servers is not None:  # a checkpoint comes with all rollouts that older weights sample
             servers.finish_pending()
-        run.end_step(state, self._learners, self.optimizer, save=save, last=last)
+        run.end_step(save=save, last=last)
         if save and servers is not None:  # one that is written in the background may not be complete: the one before is
             after = iteration.number + 1
             servers.forget_before(self._saved_before if task.async_checkpoints else after)
@@ -470,12 +469,11 @@ class RolloutLoop:
     @contextmanager
     def _saved_at_server_errors(self) -> Iterator[None]:
         """Save the state if rollout servers fail: it is that after a whole iteration."""
-        run, state = self.run, self.state
         try:
             yield
         except RolloutServerError:
-            if state.step:
-                run.save(state, self._learners, self.optimizer)
+            if self.state.step:
+                self.run.save()
             raise
 
     def _record_validation(self) -> None:
@@ -516,10 +514,7 @@ class Iteration:
         exceeds `task.early_stop_kl`. Raises NonFiniteError if something in the rollout is not finite.
         """
         check_finite(rollout)
-        if rollout.tokens.keys() >= {
-            "advantages",
-            "importance",
-        }:  # arXiv 2505.24298: weights of older samples, truncated
+        if {"advantages", "importance"} <= rollout.tokens.keys():  # older samples: truncated weights, arXiv 2505.24298
             rollout = rollout.with_tokens(advantages=rollout.flat("advantages") * rollout.flat("importance"))
         if "advantages" in rollout.tokens:  # the same rows; not the pairs of online DPO
             self.rollout = rollout

@@ -205,7 +205,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         done = fabric.broadcast(done if fabric.is_global_zero else [])
         state = TrainState(step=sum(done))
         run.begin(state.step)
-        run.begin_progress(state, len(todo))
+        run.begin_progress(state.step, len(todo))
         for split, number, places in (one for one, is_done in zip(todo, done, strict=True) if not is_done):
             examples = splits[split].examples(places)
             _check_text(examples, tokenizer)
@@ -224,7 +224,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             kept = stats.kept / stats.prompts
             found = {"best/first": stats.first, "best/scores": stats.best, "best/kept": kept}
             scores = f"score {stats.first:.3f}, best {stats.best:.3f}"
-            run.show_progress(state, len(todo), scores, sum(rollout.response_lengths))
+            run.show_progress(state.step, scores, sum(rollout.response_lengths))
             found |= {name: value for name, value in collect.metrics.items() if name == JUDGE_FAILURES}
             run.log(found | run.usage(), state.step)
             signum = run.stop_signal()

@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from sheeprlhf.engine import checkpoint
-from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.run import noted_signals, open_run
@@ -52,15 +51,16 @@ def train(fabric, run_dir, steps, **options):
     module, optimizer = fabric.setup(net, build_optimizer(AdamWConfig(), net, 1e-2))
     with open_run(fabric, make_cfg(**options), run_dir) as run:
         state = run.restore(module, optimizer)
+        run.begin_progress(state.step, steps)
         while state.step < steps:
             micros = [micro_batch(4 * state.step, 4 * state.step + 1), micro_batch(4 * state.step + 2)]
             metrics = update(fabric, module, optimizer, micros, toy_loss, max_grad_norm=1.0)
             state.step += 1
             run.log(metrics, state.step)
             run.log_text("sample", f"{SECRET} at {state.step}", state.step)
-            run.show_progress(state, steps, f"loss {metrics['loss']:.4f}", metrics["items"])
+            run.show_progress(state.step, f"loss {metrics['loss']:.4f}", metrics["items"])
             if state.step == steps:
-                run.save(state, module, optimizer)
+                run.save()
     return state.step
 
 
@@ -187,26 +187,20 @@ def test_fabrics_that_cannot_be(options, message):
         make_fabric(dataclasses.replace(FabricConfig(), **options))
 
 
-@pytest.mark.parametrize("begun_by", ["begin", "begin_progress"])
 def test_speed_and_time_left_count_the_first_step(
-    begun_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Two steps of 6 s with 600 tokens each, of 5, begun at step 1: 100 tokens/s, and 12 s are left after step 3."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     fabric = make_fabric(FabricConfig())
     with open_run(fabric, make_cfg(), tmp_path) as run:
-        state = TrainState(step=1)
-        if begun_by == "begin_progress":
-            run.begin(1)
-            now[0] += 77.0  # checks before the first step
-            run.begin_progress(state, 5)
-        else:
-            run.begin(1)
+        run.begin(1)
+        now[0] += 77.0  # checks before the first step
+        run.begin_progress(1, 5)
         for step in (2, 3):
             now[0] += 6.0
-            state.step = step
-            run.show_progress(state, 5, "loss 0.1", 600)
+            run.show_progress(step, "loss 0.1", 600)
     line = next(line for line in capfd.readouterr().err.splitlines() if line.startswith("step 3/5"))
     assert "100 tokens/s" in line and "0:12 left" in line
 
