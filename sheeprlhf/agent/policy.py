@@ -7,7 +7,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -32,6 +32,7 @@ from sheeprlhf.model.adapter import (
 from sheeprlhf.model.attention import logits_at, placeholder_mask
 from sheeprlhf.model.folder.load import load_causal_lm
 from sheeprlhf.model.lm_head import (
+    LogprobOptions,
     TokenLogprobs,
     backbone_and_head,
     head_logprobs,
@@ -49,16 +50,14 @@ from sheeprlhf.utils.vocabulary import num_rows_needed, undefined_ids
 
 
 class Policy(nn.Module):
-    """A causal language model, whole or with adapters, that scores the targets of a packed or padded batch.
-
-    `value_head` (C -> 1) makes the trunk a critic too.
-    """
+    """A causal language model, whole or with adapters, that scores the targets of a packed or padded batch."""
 
     forward_methods = ("hidden_at_head",)  # further entries, for fsdp2
 
-    def __init__(self, model: PreTrainedModel | PeftModel, value_head: nn.Linear | None = None) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
-        self.model, self.value_head = model, value_head
+        self.model = model
+        self.value_head: nn.Linear | None = None  # (C -> 1), makes the trunk a critic too
         self.packed = True  # its batches may be packed
         self.undefined_U: Tensor | None = None  # ids that have probability 0, on the host
         self.neftune_alpha: float | None = None  # of the noise on embeddings in training mode; see `noisy_embeddings`
@@ -80,19 +79,10 @@ class Policy(nn.Module):
         """Inside, of all weights those of the policy alone can get gradients: others may have adapters on its model."""
         return adapter_in_use(self.model, POLICY) if isinstance(self.model, PeftModel) else nullcontext()
 
-    def forward(
-        self,
-        batch: Batch,
-        mean: bool = False,
-        entropy: bool = False,
-        temperature: float = 1.0,
-        router: bool = False,
-        log_sum_squares: bool = False,
-    ) -> TokenLogprobs:
+    def forward(self, batch: Batch, router: bool = False, **options: Unpack[LogprobOptions]) -> TokenLogprobs:
         """Log-probabilities of the batch's targets, float32, nats; those of packed and padded batches are equal.
 
-        `mean`, `entropy` and `log_sum_squares` add these fields; `router` adds the logits of a mixture of experts'
-        routers, of all tokens but padding.
+        `router` adds the logits of a mixture of experts' routers, of all tokens but padding.
         """
         model, found = self.causal_lm(), None
         with ExitStack() as stack:
@@ -101,11 +91,11 @@ class Policy(nn.Module):
             if router:
                 backbone, _ = backbone_and_head(model)
                 found = stack.enter_context(router_logits_of(backbone, batch.attention_mask_BT))
-            how: dict[str, Any] = {"mean": mean, "entropy": entropy, "log_sum_squares": log_sum_squares}
-            logprobs = self._logprobs(batch, **how, temperature=temperature, undefined_U=self.undefined_U)
+            options["undefined_U"] = self.undefined_U
+            logprobs = self._logprobs(batch, **options)
         return logprobs if found is None else logprobs._replace(router_logits=tuple(found))
 
-    def _logprobs(self, batch: Batch, **how: Any) -> TokenLogprobs:
+    def _logprobs(self, batch: Batch, **options: Unpack[LogprobOptions]) -> TokenLogprobs:
         model = self.causal_lm()
         if batch.layout is None:
             head_mask_BT = torch.zeros_like(batch.input_ids_BT, dtype=torch.bool)
@@ -118,12 +108,12 @@ class Policy(nn.Module):
                     attention_mask=batch.attention_mask_BT,
                     position_ids=batch.position_ids_BT,
                 )
-            logprobs = logprobs_from_logits(logits_RV, batch.logit_index_N, batch.target_ids_N, **how)
+            logprobs = logprobs_from_logits(logits_RV, batch.logit_index_N, batch.target_ids_N, **options)
             hidden = inputs[0][head_mask_BT] if inputs[0].shape[:2] == head_mask_BT.shape else inputs[0]
             return self._with_value(logprobs, hidden.flatten(0, -2), batch)
         backbone, head = backbone_and_head(model)
         hidden_RC = hidden_at_head(backbone, batch)
-        logprobs = head_logprobs(hidden_RC, head, batch.logit_index_N, batch.target_ids_N, **how)
+        logprobs = head_logprobs(hidden_RC, head, batch.logit_index_N, batch.target_ids_N, **options)
         return self._with_value(logprobs, hidden_RC, batch)
 
     def hidden_at_head(self, batch: Batch) -> Tensor:

@@ -100,7 +100,7 @@ class RewardModel(nn.Module):
         if not logprobs:
             return scores_R[batch.logit_index_N] - self.offset
         assert self.language_head is not None
-        found = head_logprobs(hidden_RC, self.language_head, batch.logit_index_N, batch.target_ids_N, mean=False)
+        found = head_logprobs(hidden_RC, self.language_head, batch.logit_index_N, batch.target_ids_N)
         return found.target_N + 0.0 * scores_R.sum()  # all weights take part, or ranks would wait for its gradient
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

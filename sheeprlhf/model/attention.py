@@ -43,7 +43,7 @@ class KeysStored(Exception):
 class TailQueries:
     """A layout whose keys are those of all tokens of a packed row, and whose queries are those of the tails only.
 
-    Attention gets it in two passes, `LastBlockAtTails`: the first stores keys and values, the second reads them.
+    Attention gets it in two passes, `last_block_at_tails`: the first stores keys and values, the second reads them.
     """
 
     def __init__(self, layout: Any) -> None:

@@ -10,7 +10,7 @@ Letters: C hidden width, R head rows (positions where the head runs), N targets,
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,16 @@ class TokenLogprobs(NamedTuple):
     value_N: Tensor | None = None  # what a value head on the same trunk says before the target
     log_sum_squares_N: Tensor | None = None  # log of the sum of the squared probabilities, without gradient
     router_logits: tuple[Tensor, ...] | None = None  # of each layer with experts, (tokens, experts)
+
+
+class LogprobOptions(TypedDict, total=False):
+    """Options of `logprobs_from_logits`."""
+
+    mean: bool  # add `mean_N`
+    entropy: bool  # add `entropy_N`
+    log_sum_squares: bool  # add `log_sum_squares_N`
+    temperature: float  # divides the logits
+    undefined_U: Tensor | None  # ids that have probability 0; not together with `mean`
 
 
 class _GatherLogprobs(torch.autograd.Function):
@@ -132,17 +142,16 @@ def logprobs_from_logits(
     index_N: Tensor,
     target_ids_N: Tensor,
     *,
-    mean: bool,
+    mean: bool = False,
     entropy: bool = False,
     log_sum_squares: bool = False,
     temperature: float = 1.0,
     undefined_U: Tensor | None = None,
 ) -> TokenLogprobs:
-    """Log-probabilities of targets, in float32 whatever the logits' type.
+    """Log-probabilities of targets, in float32 whatever the logits' type; options as of `LogprobOptions`.
 
-    `logits_RV` are consumed: the backward pass writes their gradient over them. They are divided by `temperature` in
-    place; the ids of `undefined_U` have probability 0 (not together with `mean`). Row `index_N` of them predicts target
-    n; rows may repeat. `mean`, `entropy` and `log_sum_squares` add these fields.
+    `logits_RV` are consumed: they are divided by the temperature in place, and the backward pass writes their gradient
+    over them. Row `index_N` of them predicts target n; rows may repeat.
     """
     if undefined_U is not None:
         logits_RV = logits_RV.index_fill_(-1, undefined_U.to(logits_RV.device), -torch.inf)
@@ -154,14 +163,13 @@ def logprobs_from_logits(
         squares_N = torch.cat([(2 * part).logsumexp(-1) - 2 * part.logsumexp(-1) for part in parts])[index_N]
     if not logits_RV.requires_grad:  # no gradient: nothing to save
         logprobs_RV = logits_RV.float().log_softmax(dim=-1)
-        mean_N = logprobs_RV.mean(dim=-1)[index_N] if mean else None
-        if not entropy:
-            return TokenLogprobs(logprobs_RV[index_N, target_ids_N], mean_N, log_sum_squares_N=squares_N)
-        parts = logprobs_RV.split(_chunk_rows(logprobs_RV))
-        entropy_R = torch.cat([_entropy(part.exp()) for part in parts])
-        return TokenLogprobs(logprobs_RV[index_N, target_ids_N], mean_N, entropy_R[index_N], None, squares_N)
-    found = _GatherLogprobs.apply(logits_RV, index_N, target_ids_N, mean, entropy)
-    return TokenLogprobs(*found)._replace(log_sum_squares_N=squares_N)
+        mean_N, entropy_N = logprobs_RV.mean(dim=-1)[index_N] if mean else None, None
+        if entropy:
+            parts = logprobs_RV.split(_chunk_rows(logprobs_RV))
+            entropy_N = torch.cat([_entropy(part.exp()) for part in parts])[index_N]
+        return TokenLogprobs(logprobs_RV[index_N, target_ids_N], mean_N, entropy_N, log_sum_squares_N=squares_N)
+    target_N, mean_N, entropy_N = _GatherLogprobs.apply(logits_RV, index_N, target_ids_N, mean, entropy)
+    return TokenLogprobs(target_N, mean_N, entropy_N, log_sum_squares_N=squares_N)
 
 
 def head_logprobs(
@@ -170,19 +178,13 @@ def head_logprobs(
     index_N: Tensor,
     target_ids_N: Tensor,
     *,
-    mean: bool,
-    entropy: bool = False,
-    log_sum_squares: bool = False,
-    temperature: float = 1.0,
-    undefined_U: Tensor | None = None,
     max_logits: int = MAX_LOGITS,
+    **options: Unpack[LogprobOptions],
 ) -> TokenLogprobs:
     """`logprobs_from_logits` of `head(hidden)`; beyond `max_logits` entries, chunk by chunk with recomputation."""
 
     def run(hidden: Tensor, index: Tensor, targets: Tensor) -> TokenLogprobs:
-        how: dict[str, Any] = {"mean": mean, "entropy": entropy, "temperature": temperature}
-        how["log_sum_squares"] = log_sum_squares
-        return logprobs_from_logits(head(hidden), index, targets, undefined_U=undefined_U, **how)
+        return logprobs_from_logits(head(hidden), index, targets, **options)
 
     rows, vocabulary = hidden_RC.shape[0], cast(Tensor, head.weight).shape[0]
     if rows * vocabulary <= max_logits:
@@ -193,14 +195,8 @@ def head_logprobs(
     for hidden_NC, targets_N in zip(hidden_RC[index_N].split(size), target_ids_N.split(size), strict=True):
         inputs = (hidden_NC, torch.arange(len(targets_N), device=targets_N.device), targets_N)
         parts.append(checkpoint(run, *inputs, use_reentrant=False) if torch.is_grad_enabled() else run(*inputs))
-
-    def joined(pieces: list[Tensor | None]) -> Tensor | None:
-        there = [piece for piece in pieces if piece is not None]
-        return torch.cat(there) if there else None
-
-    columns = zip(*(part[:5] for part in parts), strict=True)
-    target_N, mean_N, entropy_N, value_N, squares_N = (joined(list(pieces)) for pieces in columns)
-    return TokenLogprobs(cast(Tensor, target_N), mean_N, entropy_N, value_N, squares_N)
+    joined: list[Any] = [None if pieces[0] is None else torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+    return TokenLogprobs(*joined)
 
 
 def head_scores(hidden_RC: Tensor, head: nn.Module) -> Tensor:
@@ -211,7 +207,15 @@ def head_scores(hidden_RC: Tensor, head: nn.Module) -> Tensor:
 
 @contextmanager
 def last_block_at_tails(backbone: nn.Module, layout: Any) -> Iterator[None]:
-    """Compute the last block of a packed row by `LastBlockAtTails`; the backbone returns the tails' hidden states.
+    """Compute the last block of a packed row at its tails only; the backbone returns the tails' hidden states.
+
+    The tails need the keys and values of all tokens, and nothing else of the other tokens. The order of norms,
+    projections and sums is known to the model's code alone, so that code runs twice:
+
+    1. with all tokens up to the keys and values, without queries;
+    2. with the tails to the end, without keys and values, which are those of the first pass.
+
+    GPT-2 and others expect as many positions as they were given: they get zeros for the other tokens.
 
     Nothing changes where the tails are nearly the whole row, for a model whose last block is of another kind, and
     under gradient checkpointing, which computes the block again after this has ended.
@@ -220,8 +224,21 @@ def last_block_at_tails(backbone: nn.Module, layout: Any) -> Iterator[None]:
     if block is None or not few or getattr(backbone, "is_activation_checkpointing", False):
         yield
         return
-    # GPT-2 and others expect as many positions as they were given
-    block.forward = LastBlockAtTails(block, layout, fill_row=hasattr(backbone, "h"))
+    own_forward, fills_row = block.forward, hasattr(backbone, "h")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        kwargs["layout"] = TailQueries(layout)
+        with _zeros_from(block, "q_proj"), suppress(KeysStored):
+            own_forward(*args, **kwargs)
+        args, kwargs = at_tails((args, kwargs), layout)
+        with _zeros_from(block, "k_proj", "v_proj"):
+            output = own_forward(*args, **kwargs)
+        if not fills_row:
+            return output
+        row = output.new_zeros(1, layout.num_tokens, output.shape[-1])
+        return row.index_copy(1, layout.tail_index, output)
+
+    block.forward = forward
     try:
         yield
     finally:
@@ -234,41 +251,6 @@ def _last_block(backbone: nn.Module) -> nn.Module | None:
     block = blocks[-1] if isinstance(blocks, nn.ModuleList) else None
     mlp = getattr(block, "mlp", None)
     return block if type(mlp).__name__.endswith("MLP") and not hasattr(mlp, "experts") else None
-
-
-class LastBlockAtTails:
-    """Forward pass of a model's last block, whose output is read at the tails of a packed row only.
-
-    The tails need the keys and values of all tokens, and nothing else of the other tokens. The order of norms,
-    projections and sums is known to the model's code alone, so that code runs twice:
-
-    1. with all tokens up to the keys and values, without queries;
-    2. with the tails to the end, without keys and values, which are those of the first pass.
-
-    With `fill_row`, the output has zeros for the other tokens; else it is that of the tails only.
-    """
-
-    def __init__(self, block: nn.Module, layout: Any, *, fill_row: bool) -> None:
-        self._block, self._own_forward, self._layout, self._fill_row = block, block.forward, layout, fill_row
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the block."""
-        kwargs["layout"] = TailQueries(self._layout)
-        self._store_keys(args, kwargs)
-        output = self._compute_tails(args, kwargs)
-        if not self._fill_row:
-            return output
-        row = output.new_zeros(1, self._layout.num_tokens, output.shape[-1])
-        return row.index_copy(1, self._layout.tail_index, output)
-
-    def _store_keys(self, args: Any, kwargs: dict[str, Any]) -> None:
-        with _zeros_from(self._block, "q_proj"), suppress(KeysStored):
-            self._own_forward(*args, **kwargs)
-
-    def _compute_tails(self, args: Any, kwargs: dict[str, Any]) -> Any:
-        args, kwargs = at_tails((args, kwargs), self._layout)
-        with _zeros_from(self._block, "k_proj", "v_proj"):
-            return self._own_forward(*args, **kwargs)
 
 
 @contextmanager

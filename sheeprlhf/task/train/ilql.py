@@ -77,9 +77,9 @@ class ILQLModel(nn.Module):
         own_HN = [(hidden_NC * weight_VC[ids_N]).sum(dim=-1) for weight_VC in self._q_weights()]
         target_HN = torch.einsum("nc,hnc->hn", hidden_NC.detach(), self.targets_HVC[:, ids_N])
         return TokenValues(
-            head_logprobs(hidden_RC, head, index_N, ids_N, mean=False).target_N,
+            head_logprobs(hidden_RC, head, index_N, ids_N).target_N,
             torch.stack(own_HN) + self.q_shared_HC @ hidden_NC.T,
-            torch.stack([head_logprobs(hidden_RC, q, index_N, ids_N, mean=False).target_N for q in self.q_heads]),
+            torch.stack([head_logprobs(hidden_RC, q, index_N, ids_N).target_N for q in self.q_heads]),
             target_HN.amin(dim=0),
             head_scores(hidden_RC, self.v_head)[index_N],
         )

@@ -264,7 +264,8 @@ def test_a_shared_trunk_learns_the_datasets_texts_beside(
     texts = Rollout(tuple(row._replace(responses=row.responses[:1]) for row in ours.rollout.rows[:3]), *[None] * 3)  # type: ignore[arg-type]
 
     fabric = make_fabric(FabricConfig(config_name="cpu", accelerator="cpu"))
-    policy = Policy(ours.policy.eval(), head)
+    policy = Policy(ours.policy.eval())
+    policy.value_head = head
     groups = [(policy.model.parameters(), ACTOR_LR), (head.parameters(), CRITIC_LR)]
     optimizer: Any = fabric.setup_optimizers(build_joint_optimizer(AdamWConfig(eps=1e-5), groups))
     module = fabric.setup_module(policy)
