@@ -75,7 +75,7 @@ class Batches:
         options: `mini_batch_size`, `token_budget`, and `micro_batch_size` and `pin_memory` where the task has them.
         packed: lay rows end to end; else pad them.
         targets: "response" or "all", the tokens to predict.
-        num_items: what a step's loss is divided by, counted in one batch; by default its targets.
+        num_items: what a step's loss is divided by, counted in one batch; None counts its targets.
         extras: called with the split and the rows of a micro-batch; returns further inputs of its loss.
     """
 
@@ -86,7 +86,7 @@ class Batches:
         *,
         packed: bool,
         targets: str,
-        num_items: Callable[[Batch], int] = lambda batch: len(batch.target_ids_N),
+        num_items: Callable[[Batch], int] | None = None,
         extras: Callable[[Any, list[int]], Any] | None = None,
     ) -> None:
         most, data = getattr(options, "micro_batch_size", options.mini_batch_size), data_rank(fabric)
@@ -126,7 +126,8 @@ class Batches:
         content = batch if self._extras is None else (batch, self._extras(split, part))
         if self._pins:  # Fabric copies without waiting; from other memory the driver would wait all the same
             content = pin_memory(content)
-        return MicroBatch(content, self._num_items(batch), batch.row_ids)
+        num_items = len(batch.target_ids_N) if self._num_items is None else self._num_items(batch)
+        return MicroBatch(content, num_items, batch.row_ids)
 
 
 def longest_row(splits: Mapping[str, TokenizedSplit]) -> int:

@@ -21,7 +21,7 @@ from sheeprlhf.config.model_lookup import Trained
 from sheeprlhf.config.overrides import changed_words, command, option_word
 from sheeprlhf.config.run_lookup import REPORT_FILE, REWARD_MODEL, scores_by_run
 from sheeprlhf.data.example import Batch, Example
-from sheeprlhf.data.prepare import PreparedData
+from sheeprlhf.data.prepare import NOTHING_KEPT, PreparedData, Stream, prepare_training_data
 from sheeprlhf.data.prompt_encoder import save_form
 from sheeprlhf.data.report import render_report
 from sheeprlhf.data.store import TokenizedSplit
@@ -36,6 +36,7 @@ from sheeprlhf.reward.score import RawScores, Texts
 from sheeprlhf.rollout.engines import generate_responses
 from sheeprlhf.rollout.rollout import Rollout, RolloutCollector, distinct_bigrams
 from sheeprlhf.security.json_records import DATA_REPORT, load_json
+from sheeprlhf.structure.data import KeptColumns
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.rollout import DistillConfig, OnlineTaskConfig, environment_of
 from sheeprlhf.structure.run import GenConfig, TrainConfig
@@ -63,6 +64,20 @@ class Saved(Protocol):
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the model and its tokenizer into an empty folder."""
+
+
+def prepare_run_data(
+    fabric: Fabric, run: Run, tokenizer: PreTrainedTokenizerBase, *, kind: str, kept: KeptColumns = NOTHING_KEPT
+) -> tuple[PreparedData, Stream | None]:
+    """All ranks: prepare, report and check the data of a run; with `data.streaming` the first shard, and the stream.
+
+    Raises DataError if the data cannot be used.
+    """
+    shows: dict[str, Any] = {"say": run.say, "progress": fabric.is_global_zero, "leads": fabric.local_rank == 0}
+    data, stream = prepare_training_data(run.cfg.data, tokenizer, kind=kind, kept=kept, **shows)
+    report_data(fabric, run, data)
+    check_validation_rows(run.cfg.task, data.splits.get("validation"))
+    return data, stream
 
 
 def report_data(fabric: Fabric, run: Run, data: PreparedData) -> None:
@@ -108,7 +123,7 @@ def record_validation(
 def check_validation_rows(task: TrainTaskConfig, rows: TokenizedSplit | None) -> None:
     """Raises DataError if there are no validation rows although an option needs them."""
     name = "early_stopping_metric" if task.early_stopping_metric is not None else "eval_at_start"
-    if rows is None and getattr(task, name):
+    if not rows and getattr(task, name):
         advice = "give for example data.validation_split=0.1, or remove it"
         raise DataError(f"task.{name}={getattr(task, name)} needs validation rows, and this data has none: {advice}")
 

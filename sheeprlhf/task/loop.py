@@ -28,8 +28,7 @@ from torch.optim import Optimizer
 from sheeprlhf.agent.batches import Batches, Rows, longest_row
 from sheeprlhf.agent.policy import Policy, reference_of
 from sheeprlhf.config.model_lookup import initial_run
-from sheeprlhf.data.example import Batch
-from sheeprlhf.data.prepare import prepare_training_data
+from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.sampler import RolloutPlan, StepPlan
 from sheeprlhf.data.store import TokenizedSplit, load_ahead
 from sheeprlhf.engine.checkpoint import TrainState
@@ -46,11 +45,10 @@ from sheeprlhf.task.finish import (
     RolloutValidator,
     Saved,
     check_sampler,
-    check_validation_rows,
     finish_run,
     log_samples,
+    prepare_run_data,
     record_validation,
-    report_data,
     saved_rollouts,
     write_rollout,
 )
@@ -85,15 +83,12 @@ class TrainLoop:
         cfg, task = run.cfg, run.cfg.task
         self.fabric, self.run = fabric, run
         self.tokenizer = load_tokenizer(cfg.model)
-        shows: dict[str, Any] = {"say": run.say, "progress": fabric.is_global_zero, "leads": fabric.local_rank == 0}
-        self.data, self.stream = prepare_training_data(cfg.data, self.tokenizer, kind=task.data_kind, **shows)
-        report_data(fabric, run, self.data)
+        self.data, self.stream = prepare_run_data(fabric, run, self.tokenizer, kind=task.data_kind)
         self.split = next(name for name in task.train_splits if name in self.data.splits)
         self.rows, self.held_out = self.data.splits[self.split], self.data.splits.get("validation") or None
         num_held_out = None if task.max_eval_batches is None else task.max_eval_batches * task.mini_batch_size
         self.held_out_rows = np.arange(len(self.held_out or ()))[:num_held_out]
         self.longest = cfg.data.max_length if self.stream else longest_row(self.data.splits)
-        check_validation_rows(task, self.held_out)
         self.plan = StepPlan(len(self.rows), task.mini_batch_size, task.epochs, cfg.seed, cfg.data.shuffle)
         self.num_steps = min(self.plan.num_steps(), task.max_num_steps or self.plan.num_steps())
         if self.stream is not None:
@@ -101,9 +96,9 @@ class TrainLoop:
 
     def load_policy(self, *, new_head: bool = False) -> tuple[Policy, bool]:
         """Load the model that training starts from, and whether its batches are packed; see `load_initial_policy`."""
-        cfg, how = self.run.cfg, load_options(self.run.cfg, self.longest, self.run.say)
-        of = (cfg.model, *initial_run(cfg.task), self.tokenizer)
-        policy, packed = load_initial_policy(*of, new_head=new_head, **how)
+        cfg, options = self.run.cfg, load_options(self.run.cfg, self.longest, self.run.say)
+        start = initial_run(cfg.task)
+        policy, packed = load_initial_policy(cfg.model, *start, self.tokenizer, new_head=new_head, **options)
         if not isinstance(cfg.task, SFTConfig):
             configured_router_loss(policy.causal_lm(), cfg.task.config_name, self.run.say)
         return policy, packed
@@ -340,15 +335,21 @@ class RolloutLoop:
 
         A step's loss is divided by `num_items`, by default the number of targets.
         """
-        values = partial(token_values, names=names) if names else None
-        options = {} if num_items is None else {"num_items": num_items}
-        packed = self.models.packed
-        return Batches(self.fabric, self.run.cfg.task, packed=packed, targets="response", extras=values, **options)
+        return Batches(
+            self.fabric,
+            self.run.cfg.task,
+            packed=self.models.packed,
+            targets="response",
+            num_items=num_items,
+            extras=partial(token_values, names=names) if names else None,
+        )
 
     def update(self, module: _FabricModule, micro_batches: list[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
         """Take an optimizer step as `engine.step.update`; return its metrics, none if the step was skipped."""
-        limits: dict[str, Any] = {"max_grad_norm": self.run.cfg.task.max_grad_norm, "skip": self.run.skip_step}
-        metrics = update(self.fabric, module, self.optimizer, micro_batches, loss_fn, **limits)
+        max_grad_norm, skip = self.run.cfg.task.max_grad_norm, self.run.skip_step
+        metrics = update(
+            self.fabric, module, self.optimizer, micro_batches, loss_fn, max_grad_norm=max_grad_norm, skip=skip
+        )
         return metrics if metrics["items"] else {}
 
     def __iter__(self) -> Iterator["Iteration"]:
@@ -360,39 +361,28 @@ class RolloutLoop:
             begins_at = {name: int(extra.get(name, 0)) for name in ("shard_step", "shard_rollout")}
             self._open_shard(int(extra.get("shard", 0)), **begins_at)
         whole = self._plan_of_shard(extra)
+        total, first = whole.num_steps(), whole.rollout_after(state.step)
         if task.eval_at_start and state.step == 0:
             self._record_validation()
-        if state.step < whole.num_steps() and whole.steps_before(whole.rollout_after(state.step)) != state.step:
+        if state.step < total and whole.steps_before(first) != state.step:
             raise ConfigError(
                 f"resume_from={run.cfg.resume_from} ended after step {state.step}, within a rollout, and cannot go on: "
                 "extend a run whose task.max_num_steps is a whole number of rollouts"
             )
-        total = whole.num_steps()
         run.begin_progress(state.step, total)
         num_rollouts = whole.rollout_after(total)
         if stream is not None:  # at least; the sizes of later shards are not known
             num_rollouts = -(-total // whole.steps_of_full_rollout())
         saved, servers = saved_rollouts(num_rollouts, task.save_rollouts), self.collect.servers
-        self._saved_before = whole.rollout_after(state.step)
+        self._saved_before = first
         if servers is not None:
-            servers.restore(whole.rollout_after(state.step))
+            servers.restore(first)
         for number, plan, stop in self._rollouts(whole, total):
             if task.stops_early(state.stale_validations):
                 return
-            began = time.perf_counter()
-            prompts = plan.prompts
-            with self._saved_at_server_errors():
-                rollout = self.collect(self.rows.examples(prompts.rows_of_step(number).tolist()), number)
-                last = min(number + getattr(run.cfg.rollout, "max_staleness", 0), stop - 1)
-                later = [
-                    (other, self.rows.examples(prompts.rows_of_step(other).tolist()))
-                    for other in range(number + 1, last + 1)
-                ]
-                self.collect.sample_ahead(later, number)
-            iteration = Iteration(self, number, plan, rollout)
-            iteration.log(iteration.metrics | {"time/rollout": time.perf_counter() - began})
+            iteration = self._sample(number, plan, stop)
             if number == 0 and task.self_check != "off":
-                check_sampler(run, self.collect, rollout)
+                check_sampler(run, self.collect, iteration.rollout)
             began = time.perf_counter()
             yield iteration
             lr = self.optimizer.param_groups[0]["lr"]
@@ -418,6 +408,21 @@ class RolloutLoop:
                 if state.step < total:
                     self._open_shard(plan.prompts.first_epoch + 1, shard_step=state.step, shard_rollout=end)
                     plan = self._plan_of_shard(state.extra)
+
+    def _sample(self, number: int, plan: RolloutPlan, stop: int) -> "Iteration":
+        """Make rollout `number`; servers go on with those after it, before `stop`, as `rollout.max_staleness` says."""
+        began = time.perf_counter()
+
+        def prompts_of(rollout: int) -> list[Example]:
+            return self.rows.examples(plan.prompts.rows_of_step(rollout).tolist())
+
+        with self._saved_at_server_errors():
+            rollout = self.collect(prompts_of(number), number)
+            last = min(number + getattr(self.run.cfg.rollout, "max_staleness", 0), stop - 1)
+            self.collect.sample_ahead([(later, prompts_of(later)) for later in range(number + 1, last + 1)], number)
+        iteration = Iteration(self, number, plan, rollout)
+        iteration.log(iteration.metrics | {"time/rollout": time.perf_counter() - began})
+        return iteration
 
     def _open_shard(self, number: int, **begins_at: int) -> None:
         """Answer the prompts of shard `number` of the stream from now on; raises DataError if it cannot be used."""

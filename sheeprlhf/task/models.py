@@ -35,7 +35,7 @@ from sheeprlhf.config.model_lookup import (
     with_own_tokenizer,
 )
 from sheeprlhf.config.run_lookup import saved_group
-from sheeprlhf.data.prepare import PreparedData, Stream, own_prompts, prepare_data, prepare_training_data
+from sheeprlhf.data.prepare import PreparedData, Stream, own_prompts, prepare_data
 from sheeprlhf.data.report import available_columns
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.data.tokenize import TextExchange, has_same_tokens
@@ -77,7 +77,7 @@ from sheeprlhf.structure.rollout import (
 )
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import TrainTaskConfig
-from sheeprlhf.task.finish import check_validation_rows, report_data
+from sheeprlhf.task.finish import prepare_run_data
 from sheeprlhf.utils.errors import DataError, ModelError, Notify
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import phase
@@ -143,11 +143,8 @@ def load_online_setup(fabric: Fabric, run: Run) -> OnlineSetup:
     tokenizer, episodes = load_tokenizer(cfg.model), None
     if isinstance(cfg.rollout, LocalRolloutConfig) and cfg.rollout.environment is not None:
         episodes = resolve_name(cfg.rollout.source)(tokenizer, cfg.rollout, run.say)
-    shows: dict[str, Any] = {"say": run.say, "progress": fabric.is_global_zero, "leads": fabric.local_rank == 0}
-    data, stream = prepare_training_data(cfg.data, tokenizer, kind="prompts", **shows, kept=_kept_columns(cfg))
-    report_data(fabric, run, data)
+    data, stream = prepare_run_data(fabric, run, tokenizer, kind="prompts", kept=_kept_columns(cfg))
     rows, held_out = rows_of_shard(cfg, (), data), data.splits.get("validation")
-    check_validation_rows(cfg.task, held_out)
     used = {"": rows} if held_out is None else {"": rows, "validation": held_out}
     columns = check_reward_columns(cfg, data, {name or "train": not split.unanswered for name, split in used.items()})
     for line in state_warnings(cfg.reward, default=cfg.data.rule_reward):
