@@ -154,47 +154,56 @@ def _end_after(seconds: float, text: str) -> threading.Timer:
     return timer
 
 
-class _Joining:
-    """Parent of strategies: all ranks are found before the process group is made."""
+@contextmanager
+def _connected(strategy: Any) -> Iterator[None]:
+    """All ranks, around the set-up of a strategy: find all ranks, then make the process group, if there is none yet."""
+    strategy._set_world_ranks()
+    if torch.distributed.is_initialized():  # by an earlier Fabric of this process
+        yield
+        return
+    seconds = strategy._timeout.total_seconds()
+    watchdog = _end_after(
+        max(seconds, _START_SECONDS) + 2 * max(seconds, _JOIN_SECONDS) + _LEAVE_SECONDS,
+        "the ranks could not be connected: the network broke while they were",
+    )
+    try:
+        strategy.roll_call, strategy.store = join_ranks(strategy, seconds)
+        torch.distributed.init_process_group(
+            strategy._get_process_group_backend(),
+            store=strategy.store,
+            rank=strategy.global_rank,
+            world_size=strategy.world_size,
+            timeout=strategy._timeout,
+            device_id=None if strategy.root_device.type == "cpu" else strategy.root_device,
+        )
+        yield
+    finally:
+        watchdog.cancel()
 
-    roll_call: RollCall | None = None  # knows the ranks, once they have been found
+
+class JoiningDDP(DDPStrategy):
+    """DDP whose ranks know each other: `roll_call` is set when they have been found."""
+
+    roll_call: RollCall | None = None
     store: Store | None = None
 
     def _setup_distributed(self) -> None:
         """All ranks: called by Fabric in `launch`."""
-        strategy: Any = self
-        strategy._set_world_ranks()
-        if torch.distributed.is_initialized():  # by an earlier Fabric of this process
-            super()._setup_distributed()  # type: ignore[misc]
-            return
-        seconds = strategy._timeout.total_seconds()
-        watchdog = _end_after(
-            max(seconds, _START_SECONDS) + 2 * max(seconds, _JOIN_SECONDS) + _LEAVE_SECONDS,
-            "the ranks could not be connected: the network broke while they were",
-        )
-        try:
-            self.roll_call, self.store = join_ranks(strategy, seconds)
-            torch.distributed.init_process_group(
-                strategy._get_process_group_backend(),
-                store=self.store,
-                rank=strategy.global_rank,
-                world_size=strategy.world_size,
-                timeout=strategy._timeout,
-                device_id=None if strategy.root_device.type == "cpu" else strategy.root_device,
-            )
-            super()._setup_distributed()  # type: ignore[misc]
-        finally:
-            watchdog.cancel()
+        with _connected(self):
+            super()._setup_distributed()
 
 
-class JoiningDDP(_Joining, DDPStrategy):
-    """DDP whose ranks know each other."""
-
-
-class JoiningModelParallel(_Joining, ModelParallelStrategy):
+class JoiningModelParallel(ModelParallelStrategy):
     """FSDP2 whose ranks know each other; with several `replicas`, weights are cut up within each of these groups."""
 
+    roll_call: RollCall | None = None
+    store: Store | None = None
     replicas = tensor_parallel = 1
+
+    def _setup_distributed(self) -> None:
+        """All ranks: called by Fabric in `launch`."""
+        with _connected(self):
+            super()._setup_distributed()
 
     def setup_environment(self) -> None:
         """All ranks: called by Fabric in `launch`; torch gives the mesh's groups a time limit of their own."""
@@ -264,7 +273,7 @@ def meshes_of(mesh: DeviceMesh) -> Meshes:
 @contextmanager
 def missing_ranks_named(fabric: Fabric) -> Iterator[None]:
     """All ranks, around all collectives: turn a failed one into a MissingRanksError that names the ranks."""
-    strategy = fabric.strategy
+    strategy: Any = fabric.strategy
     try:
         yield
     except Exception as error:
@@ -272,11 +281,11 @@ def missing_ranks_named(fabric: Fabric) -> Iterator[None]:
         if roll_call is None or not _is_of_collective(error):
             raise
         with ignored(signal.SIGTERM):  # launchers send it as soon as one rank has ended
-            problem = roll_call.explain(error, strategy._timeout.total_seconds())  # type: ignore[attr-defined]
+            problem = roll_call.explain(error, strategy._timeout.total_seconds())
         raise MissingRanksError(problem) from error
     finally:
         if getattr(strategy, "roll_call", None) is not None:
-            strategy.roll_call.close()  # type: ignore[attr-defined]
+            strategy.roll_call.close()
 
 
 def _is_of_collective(error: BaseException | None) -> bool:

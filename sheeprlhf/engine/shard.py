@@ -307,7 +307,7 @@ def _check_room(fabric: Fabric, module: nn.Module, dtype: torch.dtype | None) ->
         room = torch.cuda.mem_get_info(fabric.device)[0] + unused
     else:
         free = available_memory()  # None where nothing tells it
-        room = needed if free is None else free // fabric.strategy.num_processes  # type: ignore[attr-defined]
+        room = needed if free is None else free // cast(ModelParallelStrategy, fabric.strategy).num_processes
     needed_of, room_of = zip(*gather_objects(fabric, (needed, room)), strict=True)
     short = [rank for rank in range(fabric.world_size) if needed_of[rank] > room_of[rank]]
     if short:

@@ -256,8 +256,8 @@ class _LastingFile(io.FileIO):
     needs_reader = False  # if True, a pipe whose reader has ended raises BrokenPipeError
     error: OSError | None = None  # why something was dropped, if not because the terminal or the reader is gone
 
-    def write(self, data: "io.ReadableBuffer") -> int:  # type: ignore[name-defined]
-        """The number of bytes written or dropped."""
+    def write(self, data: Any) -> int:
+        """The number of bytes of the buffer that were written or dropped."""
         try:
             return super().write(data)
         except BlockingIOError:

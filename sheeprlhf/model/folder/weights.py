@@ -937,8 +937,7 @@ def _last_added(tokenizer: Any) -> list[int]:
 
 def trained_rows(model: nn.Module) -> list[int]:
     """The rows of the embedding and of the language head that train next to adapters; empty if there are none."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    return list(getattr(base_of(embedding), _TRAINED_ROWS, ()))
+    return list(getattr(base_of(cast(Any, model).get_input_embeddings()), _TRAINED_ROWS, ()))
 
 
 def base_of(module: Any) -> Any:
