@@ -68,12 +68,13 @@ def main() -> None:
     parser.add_argument("--sft-steps", type=int, default=3, help="steps of 8 conversations")
     parser.add_argument("--steps", type=int, default=12, help="steps of GRPO")
     parser.add_argument("--responses", type=int, default=32, help="of a step of GRPO, 8 to each problem")
+    parser.add_argument("--seed", type=int, default=42, help="of runs and evaluations; the rows stay the same")
     parser.add_argument("--quick", action="store_true", help="two steps of each")
     given = parser.parse_args()
     folder = Path(given.model)
     bench = Bench(given.work.resolve(), str(folder.resolve()) if folder.is_dir() else given.model, given.quick)
     write(bench)
-    lora = ["model.lora_cfg.targets=all-linear", "optim.schedule=constant"]
+    lora = ["model.lora_cfg.targets=all-linear", "optim.schedule=constant", f"seed={given.seed}"]
     words = ["task=sft", *bench.data("solved", "solved-test"), *lora, "data.train_on=all", "model.lora_cfg.lr=2e-3"]
     bench.train("sft", given.sft_steps, *words, "task.mini_batch_size=8")
     words = ["task=grpo", *bench.data("asked", "test"), *lora, "model.lora_cfg.lr=5e-4", "task.num_generations=8"]
@@ -86,7 +87,7 @@ def main() -> None:
         "after SFT": [f"experiment_dir={bench.work / 'sft'}"],
         "after GRPO": [f"experiment_dir={bench.work / 'grpo'}"],
     }
-    data += ["task.against=none", *(["task.num_samples=4"] if given.quick else [])]
+    data += ["task.against=none", f"seed={given.seed}", *(["task.num_samples=4"] if given.quick else [])]
     results = [evaluate(["task=reward", *words, *data, *EPISODES]) for words in models.values()]
     print(f"| {results[0]['rows']} held-out problems | {' | '.join(models)} |\n| --- | --- | --- | --- |")
     for name in ("score", *SHOWN):

@@ -498,7 +498,7 @@ def _lines(screen: Screen, tokens: Sequence[Token], marks: Marks) -> Iterator[Te
         for part in re.findall(r"\n|[^\n]+", token.text) or [""]:
             shown = marks.newline if part == "\n" else printable(part) or marks.unfinished
             is_full = line.cell_len + cell_len(shown) >= columns()
-            if line and part != "\n" and (token.trained != of_trained or is_full):
+            if line and (token.trained != of_trained or (is_full and part != "\n")):
                 yield line
                 line = Text()
             if not line:

@@ -133,9 +133,15 @@ def test_the_likelihood_term_is_that_of_transformers(model_folder: ModelFolder) 
     assert float(likelihood_loss(model, batch).total) == pytest.approx(uniform, abs=1e-4)
 
 
-def test_a_visible_preference_is_learnt(tmp_path: Path, model_folder: ModelFolder) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [[], pytest.param(["task.likelihood_coeff=0.5", "model.frozen_layers=1"], marks=pytest.mark.nightly)],
+    ids=["plain", "likelihood, frozen"],
+)
+def test_a_visible_preference_is_learnt(options: list[str], tmp_path: Path, model_folder: ModelFolder) -> None:
     data = write_pairs(tmp_path / "rows.jsonl")
-    run_dir = train(model_folder(), data, tmp_path / "run", "task.loss_type=average", "optim.lr=5e-3", task="rm")
+    words = ["task.loss_type=average", "optim.lr=5e-3", *options]
+    run_dir = train(model_folder(), data, tmp_path / "run", *words, task="rm")
     run(["eval", "task=preference", f"experiment_dir={run_dir}"])
     assert json.loads((run_dir / "eval" / "preference-test-final.json").read_text())["accuracy"] >= 0.95
 

@@ -65,6 +65,13 @@ def test_prompt_and_response_stand_apart_token_by_token(home: Path, capsys: pyte
     ]
 
 
+def test_a_scored_newline_has_a_line_of_its_own(home: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of a process reward model: the separator of steps is scored, the tokens before it are not."""
+    run(words(home, [{"prompt": "Q", "completions": ["ab", "c"], "labels": [True, False]}], "task=prm"))
+    lines = shown(capsys.readouterr().out)
+    assert lines[lines.index("response:") + 1 :] == ["  a\u00a6b", "+ \u21b5", "  c", "+ <|im_end|>"]
+
+
 def test_the_prompt_counts_if_the_task_says_so(home: Path, capsys: pytest.CaptureFixture) -> None:
     run(words(home, [{"prompt": "ab", "response": "de"}], "task.completion_only_loss=false"))
     printed = capsys.readouterr().out

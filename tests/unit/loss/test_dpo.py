@@ -130,6 +130,14 @@ def test_discopop_far_from_the_reference_and_an_unknown_divergence() -> None:
         dpo.f_derivative(h, "kl", 0.5)
 
 
+@pytest.mark.parametrize("tau", [0.05, 0.2])
+def test_discopop_pushes_a_margin_of_zero_down_or_up(tau: float) -> None:
+    """The slope there is (1 - ln 2) / (4 tau) - 3 / 4, by the derivative of the mixture by hand: 0.784 and -0.366."""
+    h = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    [slope] = torch.autograd.grad(dpo.discopop(h, torch.zeros(1), 1.0, tau).sum(), h)
+    assert_close(slope.item(), (1 - math.log(2)) / (4 * tau) - 0.75, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(("divergence", "slope"), [("reverse_kl", 1), ("forward_kl", 1), ("js", 0.5), ("alpha", 1)])
 def test_divergences_at_the_reference_and_far_from_it(divergence: str, slope: float) -> None:
     """f'' at 1 by the definition, and finite values and gradients 1,000 nats away."""
