@@ -93,9 +93,9 @@ def advantages_of(name: str, kind: str, options: dict[str, Any], rollouts: dict[
     answers = [given[0], given[0] + given[1]]
     prompts, responses = rollouts["prompt_ids"], rollouts["response_ids"]
     texts = ["w3"] * len(prompts)
-    generated = (
-        (prompts, responses, None, texts, None, {}, None, None) if kind == "GRPO" else (prompts, responses, texts)
-    )
+    generated: tuple[Any, ...] = prompts, responses, texts
+    if kind == "GRPO":
+        generated = prompts, responses, None, texts, None, {}, None, None
     trainer._generate = lambda _: generated
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (answers.pop(0), None, None)
     found = trainer._generate_and_score_completions([{"prompt": "w3 w4"}] * len(prompts))

@@ -35,6 +35,7 @@ from sheeprlhf.agent.policy import load_policy
 from sheeprlhf.api.jobs import compose
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.scale_plan import step_plan
 from sheeprlhf.utils.lightning import move_data_to_device
 from tests.support.losses import LOSSES, loss_case
@@ -124,7 +125,8 @@ def check_sampling(device: torch.device, folder: Path) -> Iterator[Check]:
     make_model(folder, "mini")
     policy, tokenizer = sheeprlhf.load_policy(str(folder)).to(device).eval(), sheeprlhf.load_tokenizer(str(folder))
     found = sheeprlhf.sample(policy, tokenizer, ["t5 t6 t7", "t8 t9"], num_responses=4, max_new_tokens=24)
-    plain, start, worst = AutoModelForCausalLM.from_pretrained(folder).to(device).eval(), 0, 0.0
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder)
+    plain, start, worst = plain.to(device).eval(), 0, 0.0
     for example in found.examples:
         for response in example.responses:
             ids = torch.tensor([*example.prompt_ids, *response], device=device)[None]
@@ -168,7 +170,9 @@ def check_memory(device: torch.device, folder: Path, model: Path) -> Iterator[Ch
     options = ["task=sft", "task.max_num_steps=3", "task.mini_batch_size=8", "task.micro_batch_size=8"]
     options += ["data=local", f"data.train_file={folder / 'rows.jsonl'}", "data.max_length=512", f"root_dir={folder}"]
     options += ["model=auto", f"model.repo_name={model}", fabric_of(device), "fabric.precision=bf16-mixed"]
-    planned = step_plan(compose("train", options).config, device=device.type).total()
+    config = compose("train", options).config
+    assert isinstance(config, TrainConfig)
+    planned = step_plan(config, device=device.type).total()
     peak = 1e9 * max(value for _, value in metrics_of(options)["memory/peak_gb"])
     limit = 1.0 if device.type == "cuda" else None  # a CPU's process also holds the libraries
     yield Check(f"peak memory over the planned one ({planned / 1e9:.2f} GB)", peak / planned, limit)
@@ -194,8 +198,8 @@ def make_model(folder: Path, shape: str) -> None:
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
-        num_labels=1,
     )
+    config.num_labels = 1
     dtype = torch.float32 if shape == "mini" else torch.bfloat16
     for auto, path in ((AutoModelForCausalLM, folder), (AutoModelForSequenceClassification, Path(f"{folder}-rm"))):
         torch.manual_seed(0)

@@ -31,7 +31,7 @@ from sheeprlhf import evaluate, load_policy, load_tokenizer, prepare_data, sampl
 from sheeprlhf.task.eval.result import interval_of
 
 ROOT = Path(__file__).parents[1]
-Row = tuple[str, str, str]  # figure, before, after
+Row = tuple[str, ...]  # figure, before, after
 
 
 class Bench(NamedTuple):
@@ -96,7 +96,7 @@ class Bench(NamedTuple):
     def answers(self, model: str, name: str, rows: int, count: int = 1) -> list[list[str]]:
         """Responses of a model or a run to the first `rows` prompts: the greedy one, or `count` sampled ones."""
         tokenizer = load_tokenizer(model)
-        options = {"max_length": 256, "max_prompt_length": 200, "remove_same_inputs": False}
+        options: dict[str, Any] = {"max_length": 256, "max_prompt_length": 200, "remove_same_inputs": False}
         options["test_file"] = str(self.file(name))
         data = prepare_data(str(self.file("recall-train")), tokenizer, kind="prompts", **options)
         prompts = data.splits["test"].examples(range(rows))
@@ -222,7 +222,7 @@ def adapter(bench: Bench) -> list[Row]:
         optimizer.zero_grad()
     with torch.no_grad():
         after = loss(held_out).item()
-    model.save_pretrained(bench.work / "peft")
+    model.save_pretrained(str(bench.work / "peft"))
     words = ["task=sft", *bench.data("recall-train", "recall-test"), f"model.adapter={bench.work / 'peft'}"]
     words += ["task.mini_batch_size=8", "task.eval_at_start=true", "model.lora_cfg.lr=1e-3"]
     losses = bench.train("adapter", 6, *words)["val/loss"]

@@ -104,7 +104,7 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
     for name, (count, make) in SETS.items():
-        rng, lines = random.Random(name), []
+        rng, lines = random.Random(name), list[str]()
         while len(lines) < count:
             line = json.dumps(make(rng))
             if line not in seen:

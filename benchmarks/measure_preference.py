@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def main() -> None:
         print("RESULT " + json.dumps(measure(run, arguments.rows, arguments.temperature)), flush=True)
 
 
-def measure(run: str, num_rows: int, temperature: float) -> dict[str, object]:
+def measure(run: str, num_rows: int, temperature: float) -> dict[str, Any]:
     """The figures of one run and of its start."""
     fabric = Fabric(accelerator="cpu", devices=1)
     fabric.launch()
@@ -57,13 +58,13 @@ def measure(run: str, num_rows: int, temperature: float) -> dict[str, object]:
     task = read_run_config(run)["task"]
     tokenizer = load_tokenizer(model)
     rows = prepare_data(data, tokenizer, kind="sft", say=lambda _: None, progress=False).splits["test"]
-    of = {"longest": longest_row({"": rows}) + 64, "batching": "auto", "say": lambda _: None}
+    of: dict[str, Any] = {"longest": longest_row({"": rows}) + 64, "batching": "auto", "say": lambda _: None}
     start_dir, start_weights = task["sft_experiment_dir"], task["sft_model_name"]
     start, packed = load_initial_policy(model, start_dir, start_weights, tokenizer, **of)
     policy, _ = load_policy_from_run(model, Path(run), "final", tokenizer, **of)
     examples = rows.examples(range(min(num_rows, len(rows))))
     settings = GenConfig(max_new_tokens=48, do_sample=True, temperature=temperature)
-    result: dict[str, object] = {"run": run, "prompts": len(examples), "temperature": temperature}
+    result: dict[str, Any] = {"run": run, "prompts": len(examples), "temperature": temperature}
     for name, one in (("start", start), ("run", policy)):
         torch.manual_seed(0)
         written = [
@@ -73,7 +74,7 @@ def measure(run: str, num_rows: int, temperature: float) -> dict[str, object]:
                 one.causal_lm(), tokenizer, [e.prompt_ids for e in examples[at : at + AT_ONCE]], settings
             )
         ]
-        styles = [style_of(tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()) for ids in written]
+        styles = [style_of(str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)).strip()) for ids in written]
         result |= {
             f"{name}/{style}": styles.count(style) / len(styles) for style in ("imperative", "third_person", "other")
         }

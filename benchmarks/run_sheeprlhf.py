@@ -117,7 +117,7 @@ def main() -> None:
     if args.task == "rm":
         loss_fn, more["targets"] = partial(rm_loss, loss_type="last_token"), "last"
     if args.task == "dpo":
-        loss_fn, reference = partial(dpo_loss, task=DPOConfig()), {}
+        loss_fn, reference = partial(dpo_loss, task=DPOConfig()), dict[int, torch.Tensor]()
         cut, began = Batches(fabric, options, packed=packed, targets="response"), time.time()
         with torch.no_grad():
             for part, micro in cut.numbered(split, np.arange(len(split)), "reference"):  # type: ignore[arg-type]

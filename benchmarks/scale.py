@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,7 +106,7 @@ def measure(fabric: Any, cases: list[Case], steps: int) -> list[Speed]:
 
 
 @contextmanager
-def timed_collectives(module: Any) -> Iterator[Counter[str]]:
+def timed_collectives(module: Any) -> Iterator[dict[str, float]]:
     """All ranks: inside, collectives are waited for one after the other, and their seconds are counted by kind."""
     import torch
     import torch.distributed as dist
@@ -118,7 +118,7 @@ def timed_collectives(module: Any) -> Iterator[Counter[str]]:
         future.set_result(bucket.buffer().div_(dist.get_world_size()))
         return future
 
-    spent: Counter[str] = Counter()
+    spent = defaultdict[str, float](float)
 
     def timed(kind: str, collective: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -138,7 +138,8 @@ def timed_collectives(module: Any) -> Iterator[Counter[str]]:
     real = {name: getattr(dist, name) for name in kinds}
     for name, kind in kinds.items():
         setattr(dist, name, timed(kind, real[name]))
-    wrapped = next((part for part in module.modules() if isinstance(part, DistributedDataParallel)), None)
+    found = (part for part in module.modules() if isinstance(part, DistributedDataParallel))
+    wrapped: Any = next(found, None)
     try:
         if wrapped is not None and not hasattr(wrapped, "timed_hook"):
             wrapped.timed_hook = True  # stays registered: the plain steps come first
@@ -285,9 +286,14 @@ def save_llama(folder: str, hidden: int, layers: int, vocabulary: int = 4096) ->
 
     from sheeprlhf.utils.home import embedded_folder
 
-    shape = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 11 * hidden // 4}
-    shape |= {"num_attention_heads": hidden // 64, "vocab_size": vocabulary}
-    model = LlamaForCausalLM(LlamaConfig(**shape))
+    config = LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=11 * hidden // 4,
+        num_attention_heads=hidden // 64,
+        vocab_size=vocabulary,
+    )
+    model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(embedded_folder("embedded:tiny") / name, folder)

@@ -18,11 +18,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from afinn import Afinn
 from measure_preference import logprobs
+from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.config.run_lookup import read_run_config, saved_group
@@ -93,7 +95,7 @@ def judge(run_dir: Path, seed: int) -> dict[str, list[str]]:
     tokenizer = load_tokenizer(model)
     rows = prepare_data(data, tokenizer, kind="sft", say=lambda _: None, progress=False).splits["test"]
     examples = [example for example in rows.examples(range(len(rows))) for _ in range(ANSWERS)]
-    of = {"longest": 64, "batching": "auto", "say": lambda _: None}
+    of: dict[str, Any] = {"longest": 64, "batching": "auto", "say": lambda _: None}
     generation = read_run_config(str(run_dir))["generation"]
     settings = GenConfig(
         max_new_tokens=generation["max_new_tokens"], temperature=generation["temperature"], do_sample=True
@@ -101,7 +103,7 @@ def judge(run_dir: Path, seed: int) -> dict[str, list[str]]:
     start, packed = load_policy(model, tokenizer, **of)
     trained, _ = load_policy_from_run(model, run_dir, "final", tokenizer, **of)
     by_start = answers(start, tokenizer, examples, settings, seed)
-    scores = sentiment([], [tokenizer.decode(ids, skip_special_tokens=True) for ids in by_start])
+    scores = sentiment([], [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in by_start])
     places = [max(range(at, at + ANSWERS), key=scores.__getitem__) for at in range(0, len(examples), ANSWERS)]
     written = {
         "start": (examples, by_start),
@@ -110,7 +112,7 @@ def judge(run_dir: Path, seed: int) -> dict[str, list[str]]:
     }
     lexicon, result = Afinn(), {}
     for name, (asked, ids) in written.items():
-        texts = [tokenizer.decode(one, skip_special_tokens=True) for one in ids]
+        texts = [str(tokenizer.decode(one, skip_special_tokens=True)) for one in ids]
         tokens = sum(map(len, ids))
         perplexity = math.exp(-logprobs(start, asked, ids, packed).sum() / tokens)
         judged = [lexicon.score(text) for text in texts]
@@ -127,7 +129,7 @@ def judge(run_dir: Path, seed: int) -> dict[str, list[str]]:
 
 
 def answers(
-    policy: Policy, tokenizer: object, examples: list[Example], settings: GenConfig, seed: int
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, examples: list[Example], settings: GenConfig, seed: int
 ) -> list[np.ndarray]:
     """The tokens that a policy samples after each prompt."""
     torch.manual_seed(seed)

@@ -19,6 +19,7 @@ from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.api.jobs import as_words, compose
 from sheeprlhf.config.model_lookup import POLICY, REWARD_MODEL, Trained
+from sheeprlhf.config.option_checks import did_you_mean
 from sheeprlhf.config.registry import choices
 from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.data import prepare
@@ -36,8 +37,14 @@ from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.lightning import move_data_to_device
 from sheeprlhf.utils.vocabulary import ResponseDecoder
 
-_TASKS = {"sft": "sft", "preference": "dpo", "unpaired": "kto", "prompts": "grpo"}
-_TASKS |= {"rewarded": "ilql", "stepwise": "prm"}
+_TASKS = {  # a task that reads each kind of rows
+    "sft": "sft",
+    "preference": "dpo",
+    "unpaired": "kto",
+    "rewarded": "ilql",
+    "stepwise": "prm",
+    "prompts": "grpo",
+}
 
 
 class Samples(NamedTuple):
@@ -98,7 +105,7 @@ def prepare_data(
     Args:
         data: a choice of `data=`, or a file of rows.
         tokenizer: the model's; that of the embedded model by default.
-        kind: "sft", "preference", "unpaired" or "prompts", as in `sheeprlhf.data.prepare`.
+        kind: "sft", "preference", "unpaired", "rewarded", "stepwise" or "prompts", as in `sheeprlhf.data.prepare`.
         options: of the group `data`, such as max_length=256.
 
     Returns:
@@ -107,6 +114,9 @@ def prepare_data(
     Raises:
         SheepError: the data cannot be read, or no training row is left.
     """
+    if kind not in _TASKS:
+        listed = f"it may be {', '.join(_TASKS)}"
+        raise ConfigError(f"kind={kind} is unknown: {did_you_mean(kind, _TASKS, listed)}")
     words = [f"data={data}"] if data in choices("data") else as_words({"data": "local", "data.train_file": data})
     words += as_words({f"data.{name}": value for name, value in options.items()})
     config = compose("inspect", [f"task={_TASKS[kind]}", *words]).config
@@ -121,7 +131,7 @@ def collate(examples: Sequence[Example], model: Policy | RewardModel, *, targets
     Args:
         examples: at least one, each with a response.
         model: the model that will read the batch.
-        targets: "response", "all", "scores" or "last", as in `sheeprlhf.data.example`.
+        targets: "response", "all", "scores", "last" or "steps", as in `sheeprlhf.data.example`.
 
     Raises:
         DataError: a response is empty.

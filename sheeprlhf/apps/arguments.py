@@ -181,8 +181,9 @@ def verb_problem(word: str, rest: list[str], verbs: Collection[str]) -> str:
         return f"{shown} comes before the command: write `{verb} {key} ...`"
     near = None if equals or meant else nearest(word, verbs)
     likely = ["train"] if equals else meant or ([near] if near else [])
-    hint = f"did you mean {' or '.join(f'`{words}`' for words in likely)}? " if likely else ""
-    return f"{shown} is not a command: {hint}The commands are {', '.join(verbs)}"
+    listed = f"the commands are {', '.join(verbs)}"
+    did = f"did you mean {' or '.join(f'`{words}`' for words in likely)}? {listed.capitalize()}"
+    return f"{shown} is not a command: {did if likely else listed}"
 
 
 def flag_problem(given: str, value: str) -> str:

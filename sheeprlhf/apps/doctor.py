@@ -186,9 +186,7 @@ def _folder_size(folder: Path) -> str:
 def _existing(path: Path) -> Path:
     """The folder itself, or the nearest one above it that is there."""
     path = expand_home(path).absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _disk(config: DoctorConfig, size: "ModelSize") -> Finding:

@@ -144,6 +144,11 @@ def test_samples_depend_on_the_seed_and_match_the_policy(model_folder: ModelFold
     assert sample(policy, tokenizer, ["hello", "the quick fox"], **options | {"seed": 2}).texts != samples.texts
 
 
+def test_an_unknown_kind_of_rows_is_an_error_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match="did you mean preference"):
+        prepare_data(kind="preferences")
+
+
 def test_a_pair_in_a_custom_loop_has_the_loss_of_plain_transformers(tmp_path: Path, model_folder: ModelFolder) -> None:
     """Of a policy and a reference with other weights; computed response by response."""
     folders = model_folder(), model_folder("gpt2")
