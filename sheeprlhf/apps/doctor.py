@@ -37,6 +37,7 @@ from sheeprlhf.utils.home import cache_root, expand_home, why_offline
 from sheeprlhf.utils.memory import available_memory, size_text
 
 if TYPE_CHECKING:
+    from sheeprlhf.agent.policy import Policy
     from sheeprlhf.model.memory import MemoryPlan, ModelSize
 
 SHOWN = ("torch", "lightning", "transformers", "datasets", "peft", "hydra-core", "safetensors", "numpy")
@@ -550,7 +551,6 @@ def _model_text(config: DoctorConfig, size: "ModelSize | None") -> str:
 
 def _model(config: DoctorConfig, size: "ModelSize | None", available: int | None) -> Iterator[Finding]:
     """Check that the model can be loaded, and whether its batches can be packed."""
-    from sheeprlhf.agent.batches import packing_difference, packing_problem, packing_tolerance
     from sheeprlhf.agent.policy import load_policy
     from sheeprlhf.model.folder.load import load_tokenizer
     from sheeprlhf.model.locate import locate
@@ -583,15 +583,21 @@ def _model(config: DoctorConfig, size: "ModelSize | None", available: int | None
             yield Finding("problem", "model", str(error))
         return
     yield Finding("ok", "model", f"{name}; it is here and loads")
+    yield _attention(policy, task.batching, longest)
+
+
+def _attention(policy: "Policy", batching: str, longest: int) -> Finding:
+    """Report whether batches of rows of up to `longest` tokens are packed."""
+    from sheeprlhf.agent.batches import packing_difference, packing_problem, packing_tolerance
+
     problem = packing_problem(policy, policy.causal_lm(), longest)
-    if problem and task.batching == "packed":
-        yield Finding("problem", "attention", f"task.batching=packed: {problem}; set task.batching=padded")
-    elif problem or task.batching == "padded":
-        yield Finding("ok", "attention", f"{problem or 'task.batching=padded'}: batches are padded")
-    else:
-        found, most = packing_difference(policy), packing_tolerance(policy)
-        what = f"packed and padded log-probabilities differ by {found:.1e} nats, at most {most:g}"
-        yield Finding("ok", "attention", f"{what}: batches are packed")
+    if problem and batching == "packed":
+        return Finding("problem", "attention", f"task.batching=packed: {problem}; set task.batching=padded")
+    if problem or batching == "padded":
+        return Finding("ok", "attention", f"{problem or 'task.batching=padded'}: batches are padded")
+    found, most = packing_difference(policy), packing_tolerance(policy)
+    what = f"packed and padded log-probabilities differ by {found:.1e} nats, at most {most:g}"
+    return Finding("ok", "attention", f"{what}: batches are packed")
 
 
 def _reward_model(config: DoctorConfig, size: "ModelSize") -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,40 +60,64 @@ def run(arguments: list[str]) -> int:
         )
         usage = "export <run or model> --to <folder> [--flag value ...]"
         return print_help(usage, [meaning], "Flags", flag_entries(FLAGS))
+    values = given.values
     problems = number_problems("export <run> --to <folder>", given.words)
-    target, name = given.values["to"], given.values["push"] or given.values["push-to-hub"]
-    private = given.values["private"] or given.values["push-to-hub"] is not None
-    if target is None:
-        problems.append("--to is missing: give the folder to write, --to <folder>")
-    elif os.path.lexists(folder := expand_home(target)) and (
-        folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())
-    ):
-        problems.append(f"--to {folder} is there already and is not an empty folder: give a new one")
-    else:
-        problems += new_folder_problems("--to", target)
-    if given.values["push"] and given.values["push-to-hub"]:
-        problems.append("--push and --push-to-hub name two repositories: give one of them")
-    elif name is None and private:
-        problems.append("--private is not read without --push <owner/name>: remove it, or give both")
-    elif name is not None and not is_hub_id(name):
-        problems.append(f"--push {clean(name)} cannot be a repository of the hub: give owner/name")
+    problems += [*_folder_problems(values["to"]), *_repository_problems(values)]
     if problems:
         raise ConfigError(*problems)
-    weights, template = given.values["weights"], given.values[TEMPLATE.name]
-    trained = find_trained(given.words[0], weights, wanted=None, chat_template=template)
+    [word] = given.words
+    trained = find_trained(word, values["weights"], wanted=None, chat_template=values[TEMPLATE.name])
+    name, private = values["push"] or values["push-to-hub"], _is_private(values)
     if name is not None:
         _check_hub(name, private)
     check_versions()
+    screen = Screen()
+    if is_newest(word):
+        screen.print(clean(f"{word}: {trained.word}", 400), style="faint")
+    folder, dtype = expand_home(values["to"]).absolute(), values["dtype"] or trained.model.dtype
+    checks = _export(trained, folder, dtype, name, screen)
+    for line in _summary(trained, checks, folder, dtype):
+        screen.print(line)
+    if name is not None:
+        screen.print(f"uploaded: {_push(folder, name, private)}")
+    if trained.trains == POLICY:
+        screen.print(f"next: {command(['chat', str(folder)])}")
+    return 0
 
+
+def _folder_problems(target: str | None) -> Iterator[str]:
+    """Problems of the folder of --to."""
+    if target is None:
+        yield "--to is missing: give the folder to write, --to <folder>"
+        return
+    folder = expand_home(target)
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
+        yield f"--to {folder} is there already and is not an empty folder: give a new one"
+    else:
+        yield from new_folder_problems("--to", target)
+
+
+def _is_private(values: Mapping[str, Any]) -> bool:
+    return values["private"] or values["push-to-hub"] is not None
+
+
+def _repository_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """Problems of the flags for an upload."""
+    name = values["push"] or values["push-to-hub"]
+    if values["push"] and values["push-to-hub"]:
+        yield "--push and --push-to-hub name two repositories: give one of them"
+    elif name is None and _is_private(values):
+        yield "--private is not read without --push <owner/name>: remove it, or give both"
+    elif name is not None and not is_hub_id(name):
+        yield f"--push {clean(name)} cannot be a repository of the hub: give owner/name"
+
+
+def _export(trained: Trained, folder: Path, dtype: str, name: str | None, screen: Screen) -> "Checks":
+    """Write the folder with a card for the repository `name`; returns the comparisons with the run."""
     from transformers.utils import logging as transformers_logging
 
     from sheeprlhf.data.prompt_encoder import form_of
     from sheeprlhf.task.export import export_model
-
-    transformers_logging.disable_progress_bar()
-    _records(trained)  # before weights are read, as one may be damaged
-    folder = expand_home(target).absolute()
-    dtype = given.values["dtype"] or trained.model.dtype
 
     def card(checks: "Checks", model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> str:
         offset = None if trained.trains == POLICY else float(getattr(model.config, "reward_offset", 0.0))
@@ -100,27 +125,25 @@ def run(arguments: list[str]) -> int:
         text = card_text(trained, checks, dtype, offset=offset, form=form, tokenizer=tokenizer)
         return text if name is None else text.replace('"<folder>"', f'"{name}"')
 
-    screen = Screen()
-    if is_newest(given.words[0]):
-        screen.print(clean(f"{given.words[0]}: {trained.word}", 400), style="faint")
+    transformers_logging.disable_progress_bar()
+    _records(trained)  # before weights are read, as one may be damaged
     make_folders(folder.parent)
     sweep_scratch(folder.parent, f"{folder.name}.")  # of an export that was killed
-    checks = export_model(trained, folder, dtype, card, lambda text: screen.print(clean(text, 400), style="faint"))
+    return export_model(trained, folder, dtype, card, lambda text: screen.print(clean(text, 400), style="faint"))
+
+
+def _summary(trained: Trained, checks: "Checks", folder: Path, dtype: str) -> Iterator[str]:
+    """What was written, and how far it differs from the run."""
     if checks.merged is not None:
-        screen.print(f"adapters merged in float32: logits differ by {checks.merged:.2g} (largest {checks.largest:.3g})")
+        yield f"adapters merged in float32: logits differ by {checks.merged:.2g} (largest {checks.largest:.3g})"
     if trained.task == "ppo":
-        screen.print("this is the policy; the critic stays in the run's checkpoints")
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    screen.print(f"loaded back with plain transformers: logits differ by {checks.loaded:.2g}")
+        yield "this is the policy; the critic stays in the run's checkpoints"
+    yield f"loaded back with plain transformers: logits differ by {checks.loaded:.2g}"
     if checks.head_bias:
         advice = "plain transformers leaves it out of logits; score = logits - reward_offset"
-        screen.print(f"the head's bias, {checks.head_bias:g}, is part of reward_offset in config.json: {advice}")
-    screen.print(f"exported: {folder} ({dtype}, {size / 1e6:,.1f} MB)")
-    if name is not None:
-        screen.print(f"uploaded: {_push(folder, name, private)}")
-    if trained.trains == POLICY:
-        screen.print(f"next: {command(['chat', str(folder)])}")
-    return 0
+        yield f"the head's bias, {checks.head_bias:g}, is part of reward_offset in config.json: {advice}"
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    yield f"exported: {folder} ({dtype}, {size / 1e6:,.1f} MB)"
 
 
 def _check_hub(name: str, private: bool) -> None:

@@ -13,7 +13,7 @@ from sheeprlhf.apps.runs import MARK, FoundRuns, Record, find_past_runs, read_re
 from sheeprlhf.apps.terminal import Screen, clean, flag_entries, paragraph, print_help
 from sheeprlhf.config.option_checks import near_path
 from sheeprlhf.config.path_checks import new_folder_problems
-from sheeprlhf.config.run_lookup import RUN_FILE, is_newest
+from sheeprlhf.config.run_lookup import is_newest, run_above
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.home import expand_home
@@ -136,8 +136,9 @@ def _no_run(word: str, folder: Path) -> str:
     """The problem of a word that names no run, and the likely fix."""
     key, equals, value = word.partition("=")
     if equals and not os.path.lexists(folder):
-        return f"{key}= is not a word of report: write `report {value or '<run>'}`; `report --help` lists its words"
-    above = next((parent for parent in folder.absolute().parents if os.path.isfile(parent / RUN_FILE)), None)
+        run = value if os.path.isdir(expand_home(value)) else "<run>"
+        return f"{key}= is not a word of report: write `report {run}`; `report --help` lists its words"
+    above = run_above(folder)
     if os.path.lexists(folder) and above is not None:
         return f"{word} is a part of a run: did you mean {above}?"
     if os.path.isdir(folder):

@@ -1,5 +1,6 @@
 """Find earlier runs, read their saved configuration, and check whether a task can start from them. Imports no torch."""
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -353,12 +354,17 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
+def run_above(path: Path) -> Path | None:
+    """The run directory that a path is inside of, if there is one."""
+    return next((folder for folder in path.absolute().parents if os.path.isfile(folder / RUN_FILE)), None)
+
+
 def read_run_config(experiment_dir: str, *, key: str = "experiment_dir") -> dict[str, Any]:
     """The saved configuration of a run that `key` names. Raises ConfigError if it is not plain YAML, or large."""
     path = Path(experiment_dir) / "config.yaml"
     if not path.is_file():
         what = "is not a directory" if not path.parent.is_dir() else "is not a run directory: it has no config.yaml"
-        near = None if path.parent.is_dir() else near_path(experiment_dir)
+        near = run_above(path.parent) if path.parent.is_dir() else near_path(experiment_dir)
         did = f"did you mean {key}={near}? `list runs` shows all" if near else "`list runs` shows which there are"
         raise ConfigError(f"{key}={experiment_dir} {what}: {did}")
     if path.stat().st_size > MAX_BYTES:

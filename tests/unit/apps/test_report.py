@@ -358,6 +358,7 @@ BAD = [
     ("@/empty", ["holds no run", "`list runs`"]),
     ("@/notes.txt", ["is not a folder"]),
     ("run=@/run", ["write `report @/run`"]),
+    ("task=sft", ["write `report <run>`"]),
     ("@/run @/nowhere @/empty", ["@/nowhere does not exist", "@/empty holds no run"]),
     ("@/run --to", ["--to needs a value"]),
     ("@/run --to @/page.pdf", ["ends in .pdf", ".html"]),

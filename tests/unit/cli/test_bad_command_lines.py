@@ -158,6 +158,7 @@ BAD = [
     ("eval task=perplexity", ["experiment_dir", "model=", "data="]),
     ("eval task=perplexity experiment_dir=null", ["experiment_dir=<run"]),
     ("eval task=perplexity experiment_dir=@/rum", ["world/run?"]),
+    ("eval task=perplexity experiment_dir=@/run/checkpoints", ["did you mean experiment_dir=", "world/run?"]),
     ("eval task=perplexity experiment_dir=@/empty", ["config.yaml", "`list runs`"]),
     ("eval task=perplexity experiment_dir=@/no_yaml", ["config.yaml", "experiment_dir"]),
     ("eval task=perplexity experiment_dir=@/other_run", ["config.yaml", "'layers'", "model=<choice>"]),
