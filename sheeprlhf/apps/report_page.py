@@ -230,7 +230,8 @@ def wilson(right: float, pairs: int) -> tuple[float, float]:
     shrink = 1 + _Z_95**2 / pairs
     middle = (right + _Z_95**2 / (2 * pairs)) / shrink
     half = _Z_95 / shrink * math.sqrt(right * (1 - right) / pairs + _Z_95**2 / (4 * pairs**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return min(low, right), max(high, right)  # rounding must not leave the share outside
 
 
 def calibration_bins(points: Sequence[Mapping[str, Any]]) -> list[Bin]:

@@ -523,6 +523,12 @@ def test_intervals_of_shares(right, pairs, expected):
     assert wilson(right, pairs) == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_share_of_all_or_none_is_inside_of_its_interval_whatever_rounding():
+    for pairs in range(1, 200):
+        assert wilson(1.0, pairs)[1] == 1.0
+        assert wilson(0.0, pairs)[0] == 0.0
+
+
 def test_tags_are_grouped_what_tells_most_first():
     tags = ["train/lr", "val/length", "rewards/mean", "objective/kl", "train/loss", "val/rewards/margins", "val/kl"]
     assert [(group.title, group.tags, group.open) for group in group_tags(tags)] == [
