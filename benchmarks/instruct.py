@@ -113,7 +113,7 @@ def grpo(bench: Bench) -> list[Row]:
     words += ["task.rollout_size=64", "task.mini_batch_size=32", "task.micro_batch_size=32", "task.num_generations=8"]
     scores = bench.train("grpo", 120, *words)["objective/scores"]
     tenth = -(-len(scores) // 10)
-    table = [("training samples", f"{np.mean(scores[:tenth]):.3f}", f"{np.mean(scores[-tenth:]):.3f}")]
+    table: list[Row] = [("training samples", f"{np.mean(scores[:tenth]):.3f}", f"{np.mean(scores[-tenth:]):.3f}")]
     for level in ("problems-test", "problems-hard"):
         rows = bench.rows(level)
 
@@ -143,7 +143,7 @@ def sft(bench: Bench) -> list[Row]:
     words = ["task=sft", *bench.data("recall-train", "recall-test"), "data.train_on=all", "task.eval_at_start=true"]
     words += ["task.mini_batch_size=8", "model.lora_cfg.targets=all-linear", "model.lora_cfg.lr=1e-3"]
     metrics = bench.train("sft", 10, *words)
-    table = [(f"held-out {name}", *ends(metrics[f"val/{name}"])) for name in ("loss", "perplexity")]
+    table: list[Row] = [(f"held-out {name}", *ends(metrics[f"val/{name}"])) for name in ("loss", "perplexity")]
     talks = [row["messages"] for row in bench.rows("recall-test")]
     prompts = [talk[: 2 + 2 * turn] for turn in range(3) for talk in talks]  # up to each of the three answers
     bench.file("recall-turns").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
@@ -162,7 +162,7 @@ def preferences(bench: Bench) -> list[Row]:
     kinds = ("preference-wrong", "preference-unhelpful")
     words = [*bench.data("preference-train", *kinds), "task.mini_batch_size=8", "task.eval_at_start=true"]
     words += ["model.lora_cfg.targets=all-linear"]
-    table = []
+    table: list[Row] = []
     for task, rate in (("rm", "1e-3"), ("dpo", "5e-4")):
         metrics = bench.train(task, 8, f"task={task}", f"model.lora_cfg.lr={rate}", *words)
         for name in ("rewards/accuracies", "rewards/margins"):
@@ -190,7 +190,7 @@ def compare_pair(bench: Bench) -> list[Row]:
     words = ["task=preference", "task.num_samples=1", "task.beta=1", f"output_dir={bench.work}/pair"]
     ours = evaluate([*words, *bench.data("preference-train", "preference-wrong")])
     model, tokenizer = plain_model(bench)
-    row, table = bench.rows("preference-wrong")[0], []
+    row, table = bench.rows("preference-wrong")[0], list[Row]()
     for name in ("chosen", "rejected"):
         with torch.no_grad():
             plain = -nll(model, tokenizer, [*row["prompt"], *row[name]]).sum().item()
