@@ -24,18 +24,16 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.engine.optim import build_optimizer
-from sheeprlhf.engine.ranks import make_mesh, meshes_of
+from sheeprlhf.engine.ranks import make_mesh
 from sheeprlhf.engine.shard import shard_module, sharding_options, uncut_weights
 from sheeprlhf.model.attention import most_kept_keys
 from sheeprlhf.model.memory import (
@@ -280,18 +278,18 @@ def dry_step(config: DoctorConfig) -> DryStep:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks.total)
     try:
         mesh = make_mesh("cpu", ranks.total, ranks.total // ranks.shards, ranks.tensor)
-        meshes_of(mesh)  # made outside of the mode of fake tensors
+        # On the meta device, as in a run: each weight is cut into as many tensors as there are ranks, and making those
+        # in the fake mode took most of the time.
+        shard_module(module, mesh, **sharding_options(config.fabric, on_cpu=True))
         with interrupts_wait(), FakeTensorMode(allow_non_fake_inputs=True):  # cut short, it would end the process
-            return _dry_step(config, module, ranks, mesh, start)
+            return _dry_step(config, module, ranks, start)
     finally:
         torch.distributed.destroy_process_group()
         _clear_sharding_prop_cache()  # it has rank zero's mesh, which a forked process of another rank would take
 
 
-def _dry_step(config: DoctorConfig, module: nn.Module, ranks: Ranks, mesh: DeviceMesh, start: float) -> DryStep:
-    _to_fake(module)
-    with patch.object(DeviceMesh, "_compute_coordinate_on_dim", _coordinate):
-        shard_module(module, mesh, **sharding_options(config.fabric, on_cpu=True))
+def _dry_step(config: DoctorConfig, module: nn.Module, ranks: Ranks, start: float) -> DryStep:
+    module._apply(lambda tensor: torch.empty_like(tensor, device="cpu"))
     optimizer = build_optimizer(config.optim, module, config.peak_lr())
     ids = torch.zeros(1, _TOKENS, dtype=torch.long)
     mixed = MIXED.get(config.fabric.precision)
@@ -310,25 +308,6 @@ def _dry_step(config: DoctorConfig, module: nn.Module, ranks: Ranks, mesh: Devic
         collectives=dict(recorder.counts),
         seconds=time.process_time() - start,
     )
-
-
-def _coordinate(mesh: DeviceMesh) -> tuple[int, ...]:
-    """The place of rank zero, which torch would read from a tensor."""
-    return (0,) * mesh.ndim
-
-
-def _to_fake(module: nn.Module) -> None:
-    """Turn tensors of the meta device into tensors without content of the CPU; what modules share stays shared."""
-    made: dict[torch.Tensor, Any] = {}
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor not in made:
-                    fake = torch.empty_like(tensor, device="cpu")
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    made[tensor] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-                if tensor is not None:
-                    tensors[name] = made[tensor]
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

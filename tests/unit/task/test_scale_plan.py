@@ -183,6 +183,7 @@ def test_a_dry_step_of_a_large_model(name: str, ranks: int) -> None:
     )
     assert seen.parameters == pytest.approx(size.parameters / ranks, rel=0.01)  # 128,256 rows are no multiple of 1,024
     assert seen.traffic.total() == pytest.approx(traffic(config, size, passes=1).total(), rel=0.01)
+    assert seen.seconds < 120  # of the processor
 
 
 def test_a_pair_is_one_row_of_both_responses(model_folder: Callable[..., Path]) -> None:
