@@ -26,6 +26,7 @@ Report = dict[str, Any]
 
 _NUMBERS = (  # of rows, unless the name tells another thing
     *("read", "kept", "rows_cut", "duplicates", "special_token_rows", "responses", "ended_responses"),
+    "repeated_prompt_rows",
     *("rows_with_margin", "templated_rows", "text_rows", "text_parts", "prompt_mismatch_rows"),
     *("response_mismatch_rows", "untrained_answers", "further_answers", "joined_answers"),
 )
@@ -58,6 +59,7 @@ class SplitCount:
             kept=1,
             rows_cut=bool(row.cut),
             special_token_rows=row.special_text,
+            repeated_prompt_rows=row.repeats_prompt,
             responses=len(row.sizes) - 1,
             ended_responses=row.num_eos,
             rows_with_margin=row.margin != 0.0,
@@ -347,6 +349,8 @@ def preparation_notes(
     if isinstance(cfg, LayoutDataConfig) and (plain := splits_with("special_token_rows", 0.5)):
         advice = "if a chat template wrote these rows, give data.control_tokens=true"
         yield f"control tokens in the text of {plain} are encoded as plain text; {advice}"
+    if kind != "prompts" and (repeated := splits_with("repeated_prompt_rows", 0.5)):
+        yield f"the responses of {repeated} begin with their prompt; remove it from them if that is a mistake"
     if texts := splits_with("text_rows", 0.0, below=1.0):
         yield f"{texts} have an empty prompt and are learned as texts; remove them if that is a mistake"
     if (reserved := rows_kept(report, "reward")) and rows_kept(report, "train"):

@@ -235,6 +235,7 @@ class TokenRow(NamedTuple):
     digest: int = 0  # 64 bits that equal rows share, made before a chat template
     cut: tuple[str, ...] = ()  # what was truncated, of "prompt" and "response"
     special_text: bool = False  # the row's text contains a special token's text (encoded as plain text)
+    repeats_prompt: bool = False  # all responses begin with the text of the prompt
     num_eos: int = 0  # responses that end in an end token
     margin: float = 0.0  # of the row's preference; of rewarded data the reward of the desirable response
     desirable: tuple[bool, ...] = ()  # of each response of unpaired data; empty for other data
@@ -506,6 +507,8 @@ class RowTokenizer:
         texts = (example.prompt, *pieces.responses)
         same = (*pieces.same, *([columns] if columns else []))
         special = not rendered and any(special in text for text in texts for special in self.ids.texts)
+        repeats_prompt = bool(example.prompt and pieces.responses)
+        repeats_prompt = repeats_prompt and all(text.startswith(example.prompt) for text in pieces.responses)
         return TokenRow(
             number=row.number,
             shares=shares,
@@ -514,6 +517,7 @@ class RowTokenizer:
             digest=int.from_bytes(_digest(json.dumps(same))[:8], "big"),
             cut=cut,
             special_text=special,
+            repeats_prompt=repeats_prompt,
             num_eos=sum(with_eos),
             margin=example.margin,
             desirable=pieces.desirable,

@@ -35,9 +35,11 @@ _SHOWN = 200  # characters of a text in a message
 _SHOWN_SIGNATURE = 120
 _SECONDS_OF_SEARCH = 5.0  # for the text at which a function raises
 _IDS = ": these token ids are not passed to reward functions; take the texts, or completion_ids"
+_TRAINER = ": it is an argument of TRL's trainer, which is not passed: give the parameter a default value"
 _FIXES = {
     "reference": ": it is the row's own response, so give every row one, or choose another reward",
     "episode_reward": ": give rollout.environment",
+    **dict.fromkeys(("trainer_state", "log_extra", "log_metric"), _TRAINER),
     **dict.fromkeys(("prompt_ids", "completions_ids", "prompts_ids"), _IDS),
 }
 
@@ -230,6 +232,8 @@ class RewardFunction:
         own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
         place = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
         message = f"reward {self.name} raised {describe_exception(error)}{place}"
+        if isinstance(error, TypeError) and "string indices" in str(error):  # completion[0]["content"]
+            message += f": {', '.join(self.signature.texts)} are texts, not lists of messages"
         row = self._row_that_raises(type(error), texts)
         if row is not None:
             return f"{message}\n{_show(texts, row)}"

@@ -62,6 +62,16 @@ def test_every_row_is_kept_or_counted(tmp_path: Path) -> None:
     assert train["tokens"]["response"]["max"] == 23
 
 
+@pytest.mark.parametrize("num_repeated", [1, 2])
+def test_responses_that_begin_with_their_prompts_are_reported(num_repeated: int, tmp_path: Path) -> None:
+    texts = [("Q: a\nA:", "Q: a\nA: "), ("Q: b\nA:", "Q: b\nA: "), ("Q: c\nA:", "yes "), ("Q: d\nA:", "Q: d ")]
+    data = [{"prompt": prompt, "chosen": f"{start}x", "rejected": f"{start}y"} for prompt, start in texts]
+    data[0]["rejected"] = data[0]["rejected"] if num_repeated == 2 else "y"
+    report = prepare(local(tmp_path, data), byte_tokenizer(), "preference").report
+    assert report["splits"]["train"]["repeated_prompt_rows"] == num_repeated
+    assert sum("begin with their prompt" in note for note in report["notes"]) == (num_repeated == 2)
+
+
 @pytest.mark.slow
 def test_duplicates_far_apart_and_in_other_processes_are_removed(tmp_path: Path) -> None:
     data = [*rows(1500), *rows(3), *rows(10, start=1490)]

@@ -175,6 +175,17 @@ def test_a_function_gets_the_columns_that_it_takes():
     assert said_by(another, texts) == ["reward my.reward needs a column 'label' of the data; there is reference, style"]
 
 
+def test_functions_for_lists_of_messages_and_arguments_of_a_trainer_are_explained():
+    def of_messages(completions, **columns):
+        return [len(completion[0]["content"]) for completion in completions]
+
+    def of_trainer(completions, trainer_state):
+        return [0.0 for _ in completions]
+
+    assert "completions, prompts are texts" in said_by(of_messages)[0]
+    assert "default value" in said_by(of_trainer)[0]
+
+
 def test_a_models_own_errors_pass_and_its_scores_are_checked():
     def out_of_memory(prompts, responses):
         raise MemoryError("out")
