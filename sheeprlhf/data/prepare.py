@@ -158,44 +158,25 @@ def prepare_data(
         say: prints a line for the user.
         progress: show a bar (rank zero).
         kept: columns of the files to store with the tokens, for reward functions; those that the files have.
-        shard: with `data.streaming`, the number of the shard of the training rows: see `data.stream`.
+        shard: with `data.streaming`, the number of the shard of the training rows: see `Stream`.
 
     Raises:
         DataError: if the data cannot be read, or no training row is left.
     """
-    build: Callable[[Path], None]
-    notes: list[str | None] = []
+    how: dict[str, Any] = {"kind": kind, "progress": progress, "kept": kept}
     if isinstance(cfg, MixDataConfig):
-        how: dict[str, Any] = {"kind": kind, "say": say, "progress": progress, "kept": kept}
-        parts = [prepare_data(part, tokenizer, **how) for part in datasets_of(cfg)]
-        weights = [given.get("weight") for given in cfg.mix]
-        of_parts = [*weights, *(part.fingerprint for part in parts)]
-        print_of_data = hashlib.sha256(json.dumps([FORMAT_VERSION, of_parts]).encode()).hexdigest()
-        pairs = [(weight, part.splits, part.report) for weight, part in zip(weights, parts, strict=True)]
-        build = partial(write_mixture, numbered_parts(pairs), name=cfg.config_name, kind=kind, kept=kept)
+        parts = [prepare_data(part, tokenizer, **how, say=say) for part in datasets_of(cfg)]
+        plan = _plan_mixture(cfg, parts, kind, kept)
     else:
-        files = source.locate(cfg)
-        notes.append(source.left_out_note(cfg, files))  # of this folder: the prepared rows may be those of another one
-        part = source.WHOLE
-        if isinstance(cfg, LayoutDataConfig) and cfg.streaming:
-            shards = source.shards_of(cfg, files)
-            notes += source.notes_on_shards(cfg, shards)
-            chosen = shards[shard % len(shards)]
-            part = chosen.part
-            cfg, files = source.options_of_shard(cfg, files, chosen, first=chosen == shards[0])
-            if source.streams_from_hub(cfg):
-                download(cfg, [file for of_split in files.values() for file in of_split])
-        tokenize = RowTokenizer(cfg, tokenizer, kind)
-        print_of_data = fingerprint(cfg, tokenize, source.content_hash(files, part, progress=progress), kept)
-        build = partial(_build, cfg, tokenize, files, part, progress, kept)
+        plan = _plan_files(cfg, tokenizer, **how, shard=shard)
     name = re.sub(r"[^A-Za-z0-9_-]", "_", cfg.config_name)
-    folder = store.cache_root(cfg.cache_dir) / f"{name}-{print_of_data[:16]}"
+    folder = store.cache_root(cfg.cache_dir) / f"{name}-{plan.fingerprint[:16]}"
     if not folder.exists() or store.find_damage(folder):
         try:
             with locked(folder, say):
                 if not _is_whole(folder, say):  # another process may have made it while this one waited
                     with written_folder(folder) as temporary:  # the folder appears when it is complete
-                        build(temporary)
+                        plan.build(temporary)
                         store.write_digests(temporary)
         except OSError as error:
             raise DataError(f"{folder} cannot be made: {error}; free space, or set data.cache_dir") from None
@@ -212,8 +193,42 @@ def prepare_data(
     if isinstance(cfg, MixDataConfig):
         names = [{"name": name_in_mixture(given)} for given in cfg.mix]
         report = report | {"mix": [part | name for part, name in zip(report["mix"], names, strict=True)]}
-    report = {**report, "notes": [*report["notes"], *filter(None, notes)]}
-    return PreparedData(splits, report, print_of_data, folder)
+    report = {**report, "notes": [*report["notes"], *plan.notes]}
+    return PreparedData(splits, report, plan.fingerprint, folder)
+
+
+class _Plan(NamedTuple):
+    """The preparation of a dataset."""
+
+    fingerprint: str  # hex digest of all that the splits depend on
+    build: Callable[[Path], None]  # writes them and their report into an empty folder
+    notes: Sequence[str] = ()  # on this dataset, whose prepared rows may be those of another one
+
+
+def _plan_mixture(cfg: MixDataConfig, parts: Sequence[PreparedData], kind: str, kept: KeptColumns) -> _Plan:
+    """Plan the mixture of prepared datasets."""
+    weights = [given.get("weight") for given in cfg.mix]
+    of_parts = [*weights, *(part.fingerprint for part in parts)]
+    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, of_parts]).encode()).hexdigest()
+    pairs = [(weight, part.splits, part.report) for weight, part in zip(weights, parts, strict=True)]
+    return _Plan(digest, partial(write_mixture, numbered_parts(pairs), name=cfg.config_name, kind=kind, kept=kept))
+
+
+def _plan_files(cfg: DataConfig, tokenizer: Any, *, kind: str, progress: bool, kept: KeptColumns, shard: int) -> _Plan:
+    """Find the files of a dataset, and plan their preparation; with `data.streaming`, that of one shard."""
+    files, part = source.locate(cfg), source.WHOLE
+    notes = list(filter(None, [source.left_out_note(cfg, files)]))
+    if isinstance(cfg, LayoutDataConfig) and cfg.streaming:
+        shards = source.shards_of(cfg, files)
+        notes += source.notes_on_shards(cfg, shards)
+        chosen = shards[shard % len(shards)]
+        part = chosen.part
+        cfg, files = source.options_of_shard(cfg, files, chosen, first=chosen == shards[0])
+        if source.streams_from_hub(cfg):
+            download(cfg, [file for of_split in files.values() for file in of_split])
+    tokenize = RowTokenizer(cfg, tokenizer, kind)
+    digest = fingerprint(cfg, tokenize, source.content_hash(files, part, progress=progress), kept)
+    return _Plan(digest, partial(_build, _Reading(cfg, files, part, kept, progress), tokenize), notes)
 
 
 def _is_whole(folder: Path, say: Notify) -> bool:
@@ -257,24 +272,34 @@ def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str, kept: Kep
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _build(
-    cfg: DataConfig,
-    tokenize: RowTokenizer,
-    files: source.Files,
-    part: source.Part,
-    progress: bool,
-    kept: KeptColumns,
-    folder: Path,
-) -> None:
+class _Reading(NamedTuple):
+    """The files of a dataset, and how they are read."""
+
+    cfg: DataConfig
+    files: source.Files
+    part: source.Part  # of the training files
+    kept: KeptColumns  # columns that are stored with the tokens
+    progress: bool  # show a bar
+
+    @property
+    def cuts_training_rows(self) -> bool:
+        """True if some of the training rows go to another split."""
+        cfg = self.cfg
+        shares = {"validation": cfg.validation_split, "test": cfg.test_split, "reward": cfg.reward_model_split}
+        return any(share for split, share in shares.items() if split not in self.files)
+
+
+def _build(reading: _Reading, tokenize: RowTokenizer, folder: Path) -> None:
     """Read, tokenise and write all splits and their report into an empty folder."""
-    written = _write_splits(cfg, tokenize, files, part, folder, progress, kept)
+    cfg, native = reading.cfg, set(reading.files)
+    written = _write_splits(reading, tokenize, folder)
     frequent = written.frequent_prompts()
-    if frequent.shares and _cuts_training_rows(cfg, set(files)):
+    if frequent.shares and reading.cuts_training_rows:
         for file in folder.glob("*.arrow"):
             file.unlink()
         divided = copy.copy(tokenize)
         divided.divided = frequent.shares
-        written = _write_splits(cfg, divided, files, part, folder, progress, kept)
+        written = _write_splits(reading, divided, folder)
     counts, layout = written.counts, written.layout
     arrow = {split: folder / f"{split}.arrow" for split in counts}
     parts = {
@@ -292,10 +317,10 @@ def _build(
     report["available_columns"] = written.available
     if any(part["templated_rows"] for part in parts.values()):
         report["template_args"] = fixed_arguments(tokenize.tokenizer, cfg.template_args)
-    on_frequent = frequent.notes(divided=_cuts_training_rows(cfg, set(files)))
+    on_frequent = frequent.notes(divided=reading.cuts_training_rows)
     report["notes"] = list(preparation_notes(report, cfg, tokenize.tokenizer, on_frequent, layout.undesirable))
     if not any(rows_kept(report, split) for split in TRAINING_SPLITS[tokenize.kind]):
-        raise DataError(why_none_left(report, set(files), cfg))
+        raise DataError(why_none_left(report, native, cfg))
     create_file(folder, store.REPORT, json.dumps(report, indent=1).encode())
 
 
@@ -318,26 +343,19 @@ class _Written(NamedTuple):
         return FrequentPrompts(frozenset(found), tuple(rows[is_frequent].tolist()), total)
 
 
-def _write_splits(
-    cfg: DataConfig,
-    tokenize: RowTokenizer,
-    files: source.Files,
-    part: source.Part,
-    folder: Path,
-    progress: bool,
-    kept: KeptColumns,
-) -> _Written:
-    """Read and tokenise all rows, of a training file only `part`, and write each to the file of its split."""
-    written = _Written({}, RowLayout(cfg, tokenize.kind, kept=kept), array("d"), {})
+def _write_splits(reading: _Reading, tokenize: RowTokenizer, folder: Path) -> _Written:
+    """Read and tokenise all rows, and write each to the file of its split."""
+    cfg, shown = reading.cfg, reading.progress
+    written = _Written({}, RowLayout(cfg, tokenize.kind, kept=reading.kept), array("d"), {})
     writers: dict[str, SplitWriter] = {}
-    for origin in files:
+    for origin, files in reading.files.items():
         seen = SeenDigests()
-        own_part = part if origin == "train" else source.WHOLE
-        total = count_rows(files[origin], cfg.num_samples, own_part) if progress else None
-        with progress_bar(f"preparing {origin}", total, shown=progress, unit=" rows") as bar:
-            read = read_batches(files[origin], cfg.num_samples, layout=written.layout, part=own_part)
+        part = reading.part if origin == "train" else source.WHOLE
+        total = count_rows(files, cfg.num_samples, part) if shown else None
+        with progress_bar(f"preparing {origin}", total, shown=shown, unit=" rows") as bar:
+            read = read_batches(files, cfg.num_samples, layout=written.layout, part=part)
             for rows in _tokenized(tokenize, read, cfg.num_proc):
-                of_split = _count(rows, cfg, origin, set(files), seen, written.counts)
+                of_split = _count(rows, cfg, origin, set(reading.files), seen, written.counts)
                 for split, kept_rows in of_split.items():
                     if split not in writers:
                         writers[split] = SplitWriter(folder / f"{split}.arrow")
@@ -355,12 +373,6 @@ def _write_splits(
     for writer in writers.values():
         writer.close()
     return written
-
-
-def _cuts_training_rows(cfg: DataConfig, native: set[str]) -> bool:
-    """True if some of the training rows go to another split."""
-    shares = {"validation": cfg.validation_split, "test": cfg.test_split, "reward": cfg.reward_model_split}
-    return any(share for split, share in shares.items() if split not in native)
 
 
 def _count(

@@ -460,26 +460,14 @@ class RowTokenizer:
         return rows
 
     def _finish(self, pieces: _Pieces, ids: EncodedPair, turns: tuple[int, ...] = ()) -> TokenRow:
-        """Add BOS (a chat template writes its own) and the end token, cut or drop; `turns`: sizes of response parts."""
+        """Add special tokens, then cut or drop; `turns`: sizes of the parts of the response."""
         row, shares, example = pieces.row, pieces.shares, pieces.example
-        prompt, responses, mismatch = ids
-        ends = [self.ids.eos] * len(responses)
-        rendered = pieces.templated or self._control_tokens
-        if not prompt and example.prompt:
+        if not ids.prompt and example.prompt:
             return pieces.dropped("empty_prompt")
-        if not example.prompt:  # a text: behind one token that begins it, all of its tokens are learned
-            prompt = self.ids.bos or [self.ids.eos]
-            if rendered and self.ids.bos:
-                responses = [r[len(prompt) :] if self._begins_with_bos(r) else r for r in responses]
-        elif not pieces.templated and not (rendered and self._begins_with_bos(prompt)):
-            prompt = self.ids.bos + prompt
-        if rendered:  # the end token that the row brings stays; one that brings none gets EOS
-            written = [bool(r) and r[-1] in self.ids.ends for r in responses]
-            ends = [r[-1] if by_template else self.ids.eos for r, by_template in zip(responses, written, strict=True)]
-            responses = [r[:-1] if by_template else r for r, by_template in zip(responses, written, strict=True)]
-        if not all(responses):
+        prompt, ended = self._with_special_tokens(pieces, ids.prompt, ids.responses)
+        shortest = min((len(r) - 1 for r in ended), default=None)  # without the end token
+        if shortest == 0:
             return pieces.dropped("empty_response")
-        ended = [[*r, end] for r, end in zip(responses, ends, strict=True)]
         splits = not example.prompt and self.cfg.on_overflow == "truncate_prompt"  # into parts, by _parts
         prompt, cut_responses, cut = (prompt, ended, ()) if splits else self._fit(prompt, ended, row.place)
         if cut and self.cfg.on_overflow == "drop":
@@ -487,7 +475,7 @@ class RowTokenizer:
         if "response" in cut and self.cfg.max_length - len(prompt) < self.cfg.minimum_response_length:
             return pieces.dropped("no_room_for_response")
         with_eos = [len(r) == len(whole) for r, whole in zip(cut_responses, ended, strict=True)]
-        if responses and min(map(len, responses)) < self.cfg.minimum_response_length:
+        if shortest is not None and shortest < self.cfg.minimum_response_length:
             return pieces.dropped("too_short")
         if self._same([tuple(r) for r in cut_responses]):
             return pieces.dropped("same_responses")
@@ -506,9 +494,9 @@ class RowTokenizer:
             raise DataError(f"{row.place}: {error}") from None
         texts = (example.prompt, *pieces.responses)
         same = (*pieces.same, *([columns] if columns else []))
+        rendered = pieces.templated or self._control_tokens
         special = not rendered and any(special in text for text in texts for special in self.ids.texts)
-        repeats_prompt = bool(example.prompt and pieces.responses)
-        repeats_prompt = repeats_prompt and all(text.startswith(example.prompt) for text in pieces.responses)
+        repeats = [text.startswith(example.prompt) for text in pieces.responses if example.prompt]
         return TokenRow(
             number=row.number,
             shares=shares,
@@ -517,13 +505,13 @@ class RowTokenizer:
             digest=int.from_bytes(_digest(json.dumps(same))[:8], "big"),
             cut=cut,
             special_text=special,
-            repeats_prompt=repeats_prompt,
+            repeats_prompt=bool(repeats) and all(repeats),
             num_eos=sum(with_eos),
             margin=example.margin,
             desirable=pieces.desirable,
             templated=pieces.templated,
             is_text=not example.prompt,
-            mismatch=mismatch,
+            mismatch=ids.mismatch,
             unused=example.unused,
             untrained=example.untrained if self.kind == "sft" else 0,
             is_further=pieces.is_further,
@@ -531,6 +519,20 @@ class RowTokenizer:
             trained=np.concatenate(masks) if masks else None,
             columns=columns,
         )
+
+    def _with_special_tokens(
+        self, pieces: _Pieces, prompt: list[int], responses: list[list[int]]
+    ) -> tuple[list[int], list[list[int]]]:
+        """The prompt with BOS, unless a chat template wrote it, and the responses, each with its end token or EOS."""
+        bos, eos, ends = self.ids.bos, self.ids.eos, self.ids.ends
+        rendered = pieces.templated or self._control_tokens
+        if not pieces.example.prompt:  # a text: behind one token that begins it, all of its tokens are learned
+            prompt = bos or [eos]
+            if rendered:
+                responses = [r[len(bos) :] if self._begins_with_bos(r) else r for r in responses]
+        elif not pieces.templated and not (rendered and self._begins_with_bos(prompt)):
+            prompt = bos + prompt
+        return prompt, [r if rendered and r and r[-1] in ends else [*r, eos] for r in responses]
 
     def _masks(
         self, pieces: _Pieces, prompt: list[int], responses: list[list[int]], turns: tuple[int, ...]

@@ -31,7 +31,7 @@ from sheeprlhf.config.overrides import shell_word
 from sheeprlhf.model.attention import no_router_logits
 from sheeprlhf.model.folder.architecture import outgrows_cache
 from sheeprlhf.rollout.padded_decoders import unpacked_decoder
-from sheeprlhf.rollout.sampler import Sampled, prompt_groups
+from sheeprlhf.rollout.sampler import Sampled, prompt_groups, sampled_by_prompt
 from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError
@@ -137,24 +137,36 @@ def transformers_responses(
     results: dict[int, Sampled] = {}
     with eval_mode(model), own_settings(model, settings):
         for group in prompt_groups([len(one) for one in prompts], num_responses, num_new, token_budget, shared=False):
-            input_ids, attention_mask = left_padded([prompts[index] for index in group], settings.pad_token_id)
-            width, recorder = input_ids.shape[1], LogprobRecorder(temperature, undefined_U)
+            recorder = LogprobRecorder(temperature, undefined_U)
             with _seeded(uniforms[group[0]], model.device):
-                output = cast(Any, model).generate(
-                    input_ids=input_ids.to(model.device),
-                    attention_mask=attention_mask.to(model.device),
-                    generation_config=settings,
-                    logits_processor=LogitsProcessorList([recorder]),
-                    stopping_criteria=StoppingCriteriaList([] if stop is None else [Stops(stop, width)]),
-                    **no_router_logits(model),
-                )
-            rows = zip(output[:, width:].cpu().numpy(), recorder.logprobs(output), strict=True)
+                new_BN = _generate(model, [prompts[index] for index in group], settings, stop, recorder)
+            rows = zip(new_BN.cpu().numpy(), recorder.logprobs(new_BN), strict=True)
             ended = [cut_at_end(*row, end_ids, stop) for row in rows]
-            starts = range(0, len(ended), num_responses)
-            sampled = [Sampled(*zip(*ended[start : start + num_responses], strict=True)) for start in starts]
-            results |= zip(group, sampled, strict=True)
+            results |= zip(group, sampled_by_prompt(ended, num_responses), strict=True)
             progress(len(ended))
     return [results[index] for index in range(len(prompts))]
+
+
+def _generate(
+    model: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    settings: GenerationConfig,
+    stop: Stop | None,
+    *processors: LogitsProcessor,
+) -> Tensor:
+    """(B, N) tokens that `generate` writes after prompts, which are padded on the left."""
+    input_ids, attention_mask = left_padded(prompts, settings.pad_token_id)
+    width = input_ids.shape[1]
+    output = cast(Any, model).generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        generation_config=settings,
+        synced_gpus=False,  # one rank may generate alone, under fsdp2 too: all weights are on each then
+        logits_processor=LogitsProcessorList(processors),
+        stopping_criteria=StoppingCriteriaList([] if stop is None else [Stops(stop, width)]),
+        **no_router_logits(model),
+    )
+    return output[:, width:]
 
 
 class LogprobRecorder(LogitsProcessor):
@@ -176,9 +188,9 @@ class LogprobRecorder(LogitsProcessor):
         self._newest_BV = (scores.float() / self._temperature).log_softmax(dim=-1)
         return without_undefined(torch.nan_to_num(scores), self._undefined_U)
 
-    def logprobs(self, output: Tensor) -> np.ndarray:
-        """(B, N) float32, nats, of every new token of the finished (B, width + N) `output`."""
-        self._note(output[:, -1])
+    def logprobs(self, new_BN: Tensor) -> np.ndarray:
+        """(B, N) float32, nats, of all new tokens."""
+        self._note(new_BN[:, -1])
         return torch.stack(self._taken, dim=1).cpu().numpy()
 
     def _note(self, taken_B: Tensor) -> None:
@@ -279,18 +291,9 @@ def generate_ids(
     undefined = undefined_ids(tokenizer, model.get_output_embeddings().weight.shape[0])
     settings.use_cache = not outgrows_cache(model, map(len, prompts), cfg.max_new_tokens)
     settings.suppress_tokens = None if undefined is None else undefined.tolist()
-    input_ids, attention_mask = left_padded(prompts, settings.pad_token_id)
-    width = input_ids.shape[1]
     with eval_mode(model), own_settings(model, settings):
-        output = cast(Any, model).generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            generation_config=settings,
-            synced_gpus=False,  # one rank may generate alone, under fsdp2 too: all weights are on each then
-            stopping_criteria=StoppingCriteriaList([Stops(stop, width)] if stop else []),
-            **no_router_logits(model),
-        )
-    return [_to_end(row, settings.eos_token_id) for row in output[:, width:].cpu().numpy()]
+        new_BN = _generate(model, prompts, settings, stop or None)
+    return [_to_end(row, settings.eos_token_id) for row in new_BN.cpu().numpy()]
 
 
 def without_undefined(logits: Tensor, undefined_U: Tensor | None) -> Tensor:

@@ -183,8 +183,13 @@ def _sample_group(
     found = [
         (ids_RN[row, :length], logprobs[row, :length], bool(finished_R[row])) for row, length in enumerate(lengths_R)
     ]
-    starts = range(0, num_rows, num_responses)
-    return [Sampled(*zip(*found[start : start + num_responses], strict=True)) for start in starts]
+    return sampled_by_prompt(found, num_responses)
+
+
+def sampled_by_prompt(rows: Sequence[tuple[np.ndarray, np.ndarray, bool]], num_responses: int) -> list[Sampled]:
+    """Return the responses of each prompt from those of all prompts: ids, log-probabilities, whether it finished."""
+    starts = range(0, len(rows), num_responses)
+    return [Sampled(*zip(*rows[start : start + num_responses], strict=True)) for start in starts]
 
 
 def draw(

@@ -37,7 +37,7 @@ from sheeprlhf.engine.manifest import remove_folder, verify_manifest, write_fold
 from sheeprlhf.engine.shard import whole
 from sheeprlhf.model.adapter import POLICY
 from sheeprlhf.rollout.engines import StopStrings, cut_at_end, first_seed
-from sheeprlhf.rollout.sampler import Sampled
+from sheeprlhf.rollout.sampler import Sampled, sampled_by_prompt
 from sheeprlhf.rollout.vllm_api import SECONDS_OF_CHECK, START, UnavailableError, call, served_model
 from sheeprlhf.rollout.weight_transfer import WeightTransfer, update_info
 from sheeprlhf.structure.rollout import BestOfNConfig, VLLMRolloutConfig
@@ -620,7 +620,7 @@ def _read_kept(folder: Path) -> _Pending:
         raise ValueError(f"{folder} has responses of other sizes than it says")
     borders, group = np.cumsum(lengths)[:-1], lengths.shape[1]
     rows = list(zip(np.split(ids, borders), np.split(logprobs, borders), finished.ravel().tolist(), strict=True))
-    sampled = [Sampled(*zip(*rows[start : start + group], strict=True)) for start in range(0, len(rows), group)]
+    sampled = sampled_by_prompt(rows, group)
     kept = _Pending(facts["weights_of"], facts["key"], Future())
     kept.answer.set_result((sampled, [""] * len(sampled)))
     return kept

@@ -102,6 +102,9 @@ def test_alpaca_with_a_system_text_and_earlier_questions_is_a_conversation(histo
     prompt = "".join(f"<|im_start|>{role}\n{text}{END}\n" for role, text in turns) + "<|im_start|>assistant\n"
     assert texts(data, tokenizer) == [(prompt, "three" + END)]
     assert data.report["columns"]["not_read"] == {}
+    assert not any("plain text" in note for note in data.report["notes"])
+    mixed = prepare(local(tmp_path, [ALPACA, ALPACA | {"system": "Be brief.", "history": history}]), tokenizer)
+    assert any("1 of 2 rows" in note and "plain text" in note for note in mixed.report["notes"])
     for wrong in ("a", [["a"]], [["a", 3]]):
         with pytest.raises(DataError, match=r"history|prompt"):
             prepare(local(tmp_path, [ALPACA | {"history": wrong}]), tokenizer)
