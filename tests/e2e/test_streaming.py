@@ -84,7 +84,7 @@ def test_a_resumed_stream_is_the_uninterrupted_one(
         changed = tmp_path / "rows" / "1.jsonl"  # of the same size
         changed.write_text(changed.read_text().replace("a", "b"))
         line = train_words(model_folder(), held_out, killed(cut, 3), *words, "resume=true")
-        assert "shard 2 of the training rows" in rejected(line, capsys)
+        assert "shard 2 " in rejected(line, capsys)
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ KINDS = {
         "ppo",
         at_call(rewards, "letters", lambda *, prompts, responses: len(prompts) == 24, 3, 4),
         lambda x: x * NAN,
-        r"returned nan, which is not finite, for response (5) of 24",
+        r"nan.* (5) of 24",
     ),
     "ppo: value NaN": Kind(
         "ppo",
@@ -289,9 +289,7 @@ def test_no_more_steps_are_left_out_than_allowed(
         train(model, data, tmp_path / "run", *words, "task.max_skipped_steps=1")
     assert stopped.value.code == 1
     printed = capsys.readouterr().err
-    assert printed.count("left out a step, 1 of at most 1") == 1 and re.search(
-        kind.says, printed.rpartition("left out")[2]
-    )
+    assert printed.count("1 of at most 1") == 1 and re.search(kind.says, printed.rpartition("left out")[2])
     train(model, data, tmp_path / "run", *words, "task.max_skipped_steps=2", "resume=true")
     assert "2 of at most 2" in capsys.readouterr().err
 

@@ -28,12 +28,18 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.reward.functions": ("tests/unit/reward/test_functions.py",),
     "sheeprlhf.reward.score": ("tests/unit/reward/test_score.py",),
     "sheeprlhf.task.loop": ("tests/unit/task/test_loop.py",),
+    "sheeprlhf.task.train.distill:distill_loss": ("tests/unit/task/test_group_losses.py",),
+    "sheeprlhf.task.train.dpo:dpo_loss": ("tests/unit/task/test_loss_metrics.py", "tests/parity/test_trl.py"),
     "sheeprlhf.task.train.grpo": ("tests/unit/task/test_group_losses.py",),
+    "sheeprlhf.task.train.ilql:ilql_loss": ("tests/unit/task/test_ilql.py",),
     "sheeprlhf.task.train.kto": ("tests/unit/task/test_kto.py",),
     "sheeprlhf.task.train.online_dpo": ("tests/unit/task/test_group_losses.py",),
+    "sheeprlhf.task.train.prm:prm_loss": ("tests/unit/task/test_prm.py",),
     "sheeprlhf.task.train.reinforce_pp": ("tests/unit/task/test_group_losses.py",),
     "sheeprlhf.task.train.ppo": ("tests/unit/task/test_ppo_step.py",),
     "sheeprlhf.task.train.rloo": ("tests/unit/task/test_group_losses.py",),
+    "sheeprlhf.task.train.rm:rm_loss": ("tests/unit/task/test_loss_metrics.py", "tests/parity/test_trl.py"),
+    "sheeprlhf.task.train.sft:sft_loss": ("tests/unit/task/test_loss_metrics.py", "tests/unit/loss/test_sft.py"),
 }
 
 WITHOUT_SURVIVORS = [name for name in TARGETS if name.startswith("sheeprlhf.loss.")] + [

@@ -77,12 +77,12 @@ def test_questions_remember_the_conversation_where_the_model_can(writers, monkey
         ("", FAIR, "the prompt is empty"),
         (" \n", FAIR, "the prompt is empty"),
         ("x" * (MAX_CHARS + 1), FAIR, "shorten it"),
-        ("x", FAIR._replace(max_new_tokens=10**6), "the most new tokens has to be a number from 1 to 512"),
-        ("x", FAIR._replace(temperature=-1), "temperature has to be"),
-        ("x", FAIR._replace(temperature=float("nan")), "temperature has to be"),
-        ("x", FAIR._replace(top_p=0), "top-p has to be"),
-        ("x", FAIR._replace(top_k=None), "top-k has to be"),
-        ("x", FAIR._replace(seed="1"), "the seed has to be"),
+        ("x", FAIR._replace(max_new_tokens=10**6), "512"),
+        ("x", FAIR._replace(temperature=-1), "temperature"),
+        ("x", FAIR._replace(temperature=float("nan")), "temperature"),
+        ("x", FAIR._replace(top_p=0), "top-p"),
+        ("x", FAIR._replace(top_k=None), "top-k"),
+        ("x", FAIR._replace(seed="1"), "seed"),
     ],
 )
 def test_a_request_that_cannot_be_answered_says_why(prompt, settings, message, writers, monkeypatch):

@@ -225,7 +225,7 @@ def test_a_row_with_nothing_to_train_on_is_an_error_for_all_commands(
     for command in (line, ["train", "task=sft", "model.random_init=true", *line[1:]]):
         assert exit_code(command) == 2
         error = capsys.readouterr().err
-        assert "row 1 of the train split" in error
+        assert "row 1 " in error
         assert "data.max_length=9" in error
 
 

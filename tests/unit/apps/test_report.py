@@ -364,7 +364,7 @@ BAD = [
     ("@/run --to @/page.pdf", ["ends in .pdf", ".html"]),
     ("@/run --to @/notes.txt/page.html", ["notes.txt is not a folder"]),
     ("@/run --output x", ["no flag --output"]),
-    ("--png", ["there is no run in logs/runs yet", "`train task=sft`"]),
+    ("--png", ["logs/runs", "`train task=sft`"]),
     (f"@/{'a' * 300}", ["does not exist"]),
 ]
 

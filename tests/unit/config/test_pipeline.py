@@ -66,17 +66,14 @@ def test_stages_that_are_left_out_are_not_among_several():
     [
         ({"stages": {}}, ["give experiment=<recipe>"]),
         ({"stages": {"a": "train on=<b>", "b": "train"}}, ["stages.a: <b> "]),
-        ({"stages": {"a": "train", "b": "train on=<c>"}}, ["<c> is not an earlier stage; those before it are a"]),
-        ({"stages": {"a": "show x"}}, ["stages.a begins with 'show': begin with train or eval"]),
+        ({"stages": {"a": "train", "b": "train on=<c>"}}, ["<c> "]),
+        ({"stages": {"a": "show x"}}, ["stages.a begins with 'show'"]),
         ({"stages": {"a": ""}}, ["stages.a begins with ''"]),
         ({"stages": {"a": "train x='"}}, ["cannot be read"]),
         ({"stages": {"reward": "train", "A b": "train"}}, ["stages.reward cannot name", "stages.A b cannot name"]),
         ({"common": {"list": ""}}, ["common.list "]),
         ({"words": ["rmm.x=1", "sed=2"]}, ["did you mean rm.x?", "did you mean seed?"]),
-        (
-            {"skip": ["rn", "zzzz"]},
-            ["did you mean skip=[rm]?", "skip=zzzz is not a stage: the stages are sft, rm, text"],
-        ),
+        ({"skip": ["rn", "zzzz"]}, ["skip=[rm]?", "sft, rm, text"]),
     ],
 )
 def test_what_cannot_be_meant_is_reported_at_once(given, said):

@@ -116,7 +116,7 @@ def test_columns_that_are_not_read_are_counted(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{n}", "response": "r", "id": n, "note": "x" if n else None, "label": True} for n in range(3)]
     report = prepare(local(tmp_path, rows), byte_tokenizer()).report
     assert report["columns"]["not_read"] == {"id": 3, "label": 3, "note": 2}
-    assert "not read: id (3 rows), label (3 rows), note (2 rows)" in render_report(report)
+    assert "id (3 rows), label (3 rows), note (2 rows)" in render_report(report)
     report = prepare(local(tmp_path, rows), byte_tokenizer(), "unpaired").report
     assert report["columns"]["not_read"] == {"id": 3, "note": 2}
     report = prepare(local(tmp_path, rows, ignore_columns=["id"]), byte_tokenizer(), "unpaired").report

@@ -59,18 +59,18 @@ def test_a_conversation_that_ends_with_the_user_is_the_prompt(template: str) -> 
 
 
 REFUSED = {
-    "sft": ({"prompt": "p"}, "sft", "a row has prompt and response, or prompt, chosen and rejected"),
-    "preference": ({"prompt": "p"}, "preference", "a row has prompt and response, or prompt, chosen and rejected"),
-    "unpaired": ({"prompt": "p"}, "unpaired", "a row has prompt and response, or prompt, chosen and rejected"),
-    "question": ({"messages": [USER]}, "sft", "needs an assistant message with a message before it"),
+    "sft": ({"prompt": "p"}, "sft", "chosen and rejected"),
+    "preference": ({"prompt": "p"}, "preference", "chosen and rejected"),
+    "unpaired": ({"prompt": "p"}, "unpaired", "chosen and rejected"),
+    "question": ({"messages": [USER]}, "sft", "assistant message"),
     "no prompt": ({"response": "r"}, "prompts", "column 'prompt'"),
     "misnamed": ({}, "prompts", "column 'prompt'"),
     "null": ({"prompt": None}, "prompts", "column 'prompt'"),
-    "half a pair": ({"prompt": "p", "rejected": "r"}, "prompts", "a row has prompt and response, or"),
+    "half a pair": ({"prompt": "p", "rejected": "r"}, "prompts", "prompt and response"),
     "number": ({"prompt": "p", "response": 3.5}, "prompts", "column 'response'"),
-    "no messages": ({"messages": []}, "prompts", "needs a user's message at its end, or an assistant message with"),
-    "system alone": ({"messages": [USER | {"role": "system"}]}, "prompts", "needs a user's message at its end"),
-    "answer alone": ({"messages": [ANSWER]}, "prompts", "needs a user's message at its end, or an assistant message"),
+    "no messages": ({"messages": []}, "prompts", "user's message"),
+    "system alone": ({"messages": [USER | {"role": "system"}]}, "prompts", "user's message"),
+    "answer alone": ({"messages": [ANSWER]}, "prompts", "user's message"),
 }
 
 

@@ -295,7 +295,7 @@ def test_a_large_file_is_split_into_shards(kind: str, tmp_path: Path) -> None:
     assert again == [True, True, False, True]
     if kind == "jsonl":
         file.write_bytes(file.read_bytes().replace(b'{"prompt": "25', b'["prompt": "25'))
-        with pytest.raises(DataError, match=r"part 3 of 4, lines counted from byte .* line 5: malformed"):
+        with pytest.raises(DataError, match=r"part 3 of 4.* line 5: "):
             stream.prepare(2)
 
 

@@ -194,9 +194,7 @@ def test_weights_and_moments_that_are_not_finite_are_not_saved(tmp_path, bad):
         before = save(tmp_path, 1, setup)
         with torch.no_grad():
             pick(module, setup[2])[0] = bad
-        with pytest.raises(
-            CheckpointError, match=r"(second|exp_avg_sq/first)\.bias is not finite: .*step-2 is not written"
-        ):
+        with pytest.raises(CheckpointError, match=r"(second|exp_avg_sq/first)\.bias .*step-2 "):
             save(tmp_path, 2, setup)
         assert steps(tmp_path) == [1] and list((tmp_path / "checkpoints").iterdir()) == [before]
     module.scale.fill_(bad)  # a buffer may be infinite: masks are

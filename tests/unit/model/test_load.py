@@ -85,7 +85,7 @@ def test_the_command_that_enlarges_a_reward_model_is_true(
 
 
 def test_a_model_that_is_too_small_is_refused(model_folder: ModelFolder) -> None:
-    with pytest.raises(ModelError, match=f"ids up to {VOCAB}, and the model's embedding has {VOCAB} rows"):
+    with pytest.raises(ModelError, match=f" {VOCAB}, .* {VOCAB} rows"):
         load(model_folder(), vocabulary=VOCAB + 1)
     for architecture in ("llama", "opt", "gpt2"):
         load(model_folder(architecture), longest=128)

@@ -209,11 +209,11 @@ def test_what_is_not_finite_is_refused_where_it_began() -> None:
     values, advantages = torch.ones(12), torch.full((12,), torch.nan)
     check_finite(rollout.with_tokens(values=values))
     values[7] = torch.inf  # the last token of the second row's second response
-    with pytest.raises(NonFiniteError, match=r"^values after 1 of 3 prompts .* of the training split \(\[31\]\)"):
+    with pytest.raises(NonFiniteError, match=r"^values .*1 of 3 .*training.*\(\[31\]\)"):
         check_finite(rollout.with_tokens(advantages=advantages, values=values))
     scores = np.array([[0.0, 1.0], [0.0, 1.0], [np.nan, 1.0]])
     bad = dataclasses.replace(rollout.with_tokens(advantages=advantages), scores=scores)
-    with pytest.raises(NonFiniteError, match=r"^scores after 1 of 3 prompts .* of the validation split \(\[32\]\)"):
+    with pytest.raises(NonFiniteError, match=r"^scores .*1 of 3 .*validation.*\(\[32\]\)"):
         check_finite(bad, "validation")
 
 

@@ -1,5 +1,6 @@
 """Losses of GRPO, RLOO and online DPO by loops over responses; RLOO's rewards and the pairs by their definition."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -88,6 +89,7 @@ ENTROPY_LOSSES = {
     "rloo": (partial(rloo_loss, task=RLOOConfig(entropy_coeff=0.1)), "sequence"),
     "reinforce_pp": (partial(reinforce_pp.reinforce_pp_loss, task=ReinforcePPConfig(entropy_coeff=0.1)), "token"),
     "ppo": (partial(policy_loss, task=PPOConfig(entropy_coeff=0.1)), "token"),
+    "distill": (partial(distill.distill_loss, task=DistillConfig(entropy_coeff=0.1)), "token"),
 }
 
 
@@ -244,6 +246,22 @@ def test_distillation_has_the_gradient_of_the_divergence_from_the_teacher() -> N
     [expected] = torch.autograd.grad((logprobs.exp() * (logprobs - teacher)).sum(), logits)
     assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert_close(-(given["advantages"]).sum(), (logprobs.exp() * (logprobs - teacher)).sum().detach())
+
+
+def test_distillation_by_a_loop() -> None:
+    given, clipped = numbers(), 0
+    found = distill.distill_loss(
+        Said(given["new"]), (BATCH, given), task=DistillConfig(clip_coeff=0.1), temperature=0.7
+    )
+    total, ratios = 0.0, (given["new"] - given["logprobs"]).exp().tolist()
+    for ratio, a in zip(ratios, given["advantages"].tolist(), strict=True):
+        limited = min(max(ratio, 0.9), 1.1)
+        total += max(-a * ratio, -a * limited)
+        clipped += -a * limited > -a * ratio
+    assert float(found.total) == pytest.approx(total, abs=1e-5)
+    expected = {"ratio": sum(ratios), "clipfrac": clipped, "kl": -float(given["advantages"].sum())}
+    expected["approxkl"] = 0.5 * sum(math.log(ratio) ** 2 for ratio in ratios)
+    assert {name: float(value) for name, value in found.metrics.items()} == pytest.approx(expected, abs=1e-5)
 
 
 class Resampled:

@@ -1,6 +1,8 @@
 """Implicit language Q-learning: the losses against loops and known optima, and the task."""
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +121,7 @@ def test_the_parts_of_the_loss_by_hand(model_folder: Callable[..., Path]) -> Non
         model.targets_HVC.add_(0.1)
         model.q_shared_HC.normal_()
         found = ilql_loss(model, (batch, rewards), task=task)
-        total = 0.0
+        parts, likelihoods = Counter[str](), 0.0
         for row, reward in zip(rows, rewards.tolist(), strict=True):
             ids = torch.tensor([[*row.prompt_ids, *row.responses[0]]])
             output = policy.causal_lm()(ids, output_hidden_states=True)
@@ -132,10 +134,22 @@ def test_the_parts_of_the_loss_by_hand(model_folder: Callable[..., Path]) -> Non
                 nexts = reward if t == 1 else 0.9 * values[t + 1]
                 advantage = float(targets[t, token]) - values[t]
                 nll = -float(output.logits[0, len(PROMPT) - 1 + t].log_softmax(-1)[token])
-                total += sum((one - nexts) ** 2 for one in q) + (0.8 if advantage >= 0 else 0.2) * advantage**2
-                total += 2.0 * np.exp(1.5 * advantage) * nll
-                total -= 0.3 * sum(float((hidden @ h.weight.T)[t].log_softmax(-1)[token]) for h in model.q_heads)
+                parts["q_loss"] += sum((one - nexts) ** 2 for one in q)
+                parts["v_loss"] += (0.8 if advantage >= 0 else 0.2) * advantage**2
+                parts["cql_loss"] -= sum(float((hidden @ h.weight.T)[t].log_softmax(-1)[token]) for h in model.q_heads)
+                parts["nll"] += nll
+                parts["advantage"] += advantage
+                parts["value"] += values[t]
+                likelihoods += np.exp(1.5 * advantage) * nll
+    total = parts["q_loss"] + parts["v_loss"] + 0.3 * parts["cql_loss"] + 2.0 * likelihoods
     assert float(found.total) == pytest.approx(total, rel=1e-5)
+    assert {name: float(value) for name, value in found.metrics.items()} == pytest.approx(parts, rel=1e-5)
+    gradients = []
+    for awac_coeff in (1.0, 2.0):  # V does not learn from the weights of the likelihoods
+        output = ilql_loss(model, (batch, rewards), task=replace(task, awac_coeff=awac_coeff))
+        gradients.append(torch.autograd.grad(output.total, model.v_head.weight)[0])
+        assert not any(value.requires_grad for value in output.metrics.values())
+    assert_close(*gradients, rtol=1e-6, atol=1e-6)
 
 
 def test_the_memory_plan_counts_the_heads(model_folder: Callable[..., Path]) -> None:
