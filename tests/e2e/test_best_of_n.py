@@ -115,6 +115,22 @@ def test_nothing_kept_is_an_error(
     assert not (tmp_path / "run" / "dataset").exists()
 
 
+def test_prompts_alone_with_answers(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Of a file where some rows have a response; the reward reads further columns."""
+    data = write_rows(tmp_path / "rows.jsonl", 16)
+    lines = rows(data)
+    for number, line in enumerate(lines):
+        line |= {"prompt": f"what is {number}?", "answer": str(number), "meta": {"level": number, "tags": [None, "a"]}}
+        if number % 2:
+            del line["response"]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = [f"data.{split}_file={data}" for split in ("validation", "test")]
+    run(words(model_folder(), data, tmp_path / "run", *options, "reward.path=tests.support.rewards:by_answer"))
+    assert json.loads((tmp_path / "run" / "best_of_n.json").read_text())["train"]["prompts"] == 16
+    kept = {row["prompt"] for row in rows(tmp_path / "run" / "dataset" / "train.jsonl")}
+    assert kept and kept <= {line["prompt"] for line in lines}
+
+
 @pytest.mark.nightly
 def test_two_processes_write_what_one_writes(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
     data = write_rows(tmp_path / "rows.jsonl")

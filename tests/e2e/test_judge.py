@@ -88,15 +88,6 @@ def test_prompts_alone_with_answers(
     run(words(model, data, tmp_path / "slow", "slow_answer", "rloo"))
 
 
-def test_best_of_n_with_answers(tmp_path: Path, model_folder: ModelFolder) -> None:
-    data = rows_with_answers(tmp_path / "rows.jsonl", "answer", "meta")
-    options = [f"data.{split}_file={data}" for split in ("train", "validation", "test")]
-    options += ["model=auto", f"model.repo_name={model_folder()}", "data=local", "generation.max_new_tokens=4"]
-    reward = ["reward=function", "reward.path=tests.support.rewards:by_answer", "task.self_check=off"]
-    run(["train", "task=best_of_n", *options, *reward, f"hydra.run.dir={tmp_path / 'best'}"])
-    assert json.loads((tmp_path / "best" / "best_of_n.json").read_text())["train"]["prompts"] == 16
-
-
 @pytest.mark.parametrize("lacks", ["train", "validation"])
 def test_a_column_that_is_missing_is_refused_before_anything_is_loaded(
     lacks: str,

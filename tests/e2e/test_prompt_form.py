@@ -225,21 +225,3 @@ def test_what_reads_responses_is_refused(
     data = files(tmp_path / "0", False, True)
     printed = rejected(words(model, data, tmp_path / "ptx", *LENGTH, "task.ptx_coeff=0.5", task="ppo"), capsys)
     assert "task.ptx_coeff=0.5" in printed
-
-
-def test_the_best_of_n_of_prompts(tmp_path: Path, model_folder: ModelFolder) -> None:
-    """Of a file where some rows have a response."""
-    data, run_dir = write_rows(tmp_path / "rows.jsonl", 8), tmp_path / "run"
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    rows[1::2] = [{"prompt": row["prompt"]} for row in rows[1::2]]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(
-        [
-            *("train", "task=best_of_n", "model=auto", f"model.repo_name={model_folder()}", "data=local"),
-            *(f"data.train_file={data}", f"data.validation_file={data}", f"data.test_file={data}"),
-            *("task.num_generations=4", "generation.max_new_tokens=5", 'generation.stop_strings=["a","e","\ufffd"]'),
-            *("reward=function", *LENGTH, f"hydra.run.dir={run_dir}"),
-        ]
-    )
-    best = [json.loads(line) for line in (run_dir / "dataset" / "train.jsonl").read_text().splitlines()]
-    assert {row["prompt"] for row in best} <= {row["prompt"] for row in rows} and best

@@ -21,7 +21,7 @@ def test_a_run_that_no_longer_improves_stops_and_is_finished(
     task: str, tmp_path: Path, model_folder: ModelFolder
 ) -> None:
     metric = ["task.early_stopping_metric=kl", "task.eval_interval=4"] if task == "grpo" else STOP[::2]
-    words = [*metric, STOP[1], *STILL]
+    words = [*metric, STOP[1], *STILL, "task.keep_checkpoints=9"]
     run_dir = train(model_folder(), write_rows(tmp_path / "rows.jsonl"), tmp_path / "run", *words, task=task)
     interval = 4 if task == "grpo" else 2
     info = json.loads((run_dir / "run.json").read_text())
@@ -29,21 +29,14 @@ def test_a_run_that_no_longer_improves_stops_and_is_finished(
     assert info["stopped_early"] is True
     assert max(step for _, step in figures_at(run_dir)) == 3 * interval
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} >= {f"step-{3 * interval}", f"step-{interval}"}
+    states = [json.loads((run_dir / "checkpoints" / f"step-{k * interval}" / "state.json").read_text()) for k in (1, 2)]
+    assert [state["stale_validations"] for state in states] == [0, 1]
     before = result_of(run_dir, 3 * interval)
-    train(model_folder(), tmp_path / "rows.jsonl", killed(run_dir), *words, "resume=true", task=task)
-    assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
-    assert result_of(run_dir, 3 * interval) == before
-
-
-def test_a_resumed_run_stops_where_the_whole_one_does(tmp_path: Path, model_folder: ModelFolder) -> None:
-    """The validations without a new best value are counted across the resume."""
-    data = write_rows(tmp_path / "rows.jsonl")
-    whole = train(model_folder(), data, tmp_path / "whole", *STOP, *STILL, "task.keep_checkpoints=9")
-    part = killed(shutil.copytree(whole, tmp_path / "part"), 4)
-    assert json.loads((part / "checkpoints" / "step-4" / "state.json").read_text())["stale_validations"] == 1
-    train(model_folder(), data, part, *STOP, *STILL, "task.keep_checkpoints=9", "resume=true")
-    assert json.loads((part / "run.json").read_text())["step"] == 6
-    assert result_of(part, 6) == result_of(whole, 6)
+    for step in (2 * interval, 3 * interval):  # between two validations that count, and after the last one
+        again = killed(shutil.copytree(run_dir, tmp_path / f"from-{step}"), step)
+        train(model_folder(), tmp_path / "rows.jsonl", again, *words, "resume=true", task=task)
+        assert json.loads((again / "run.json").read_text())["status"] == "finished"
+        assert result_of(again, 3 * interval) == before
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ TRAPS = {
     "2 padding shifts positions, log-probabilities or scores": """
         tests/unit/data/test_collate.py::test_padded_left_and_right
         tests/unit/data/test_collate.py::test_packed_two_responses_share_their_prompt
-        tests/unit/rollout/test_generate.py::test_greedy_is_an_argmax_loop_alone_and_left_padded
+        tests/unit/agent/test_batching.py::test_what_is_written_is_that_of_an_argmax_loop
         tests/parity/test_packed_equals_padded.py::test_packed_equals_padded
         tests/parity/test_packed_equals_padded.py::test_a_score_is_the_same_in_any_company""",
     "3 two begin tokens": "tests/unit/data/test_tokenize.py::test_bos_is_that_of_the_tokenizer_or_of_the_chat_template",
@@ -33,7 +33,7 @@ TRAPS = {
         tests/e2e/test_online.py::test_the_first_update_begins_at_ratio_one""",
     "6 dropout differs between two passes that are compared": """
         tests/parity/test_packed_equals_padded.py::test_no_dropout_anywhere_when_disabled
-        tests/unit/config/test_online_checks.py::test_it_is_refused_with_the_fix
+        tests/unit/config/test_training_checks.py::test_it_is_refused_with_the_fix
         tests/unit/rollout/test_generate.py::test_training_flags_and_settings_are_restored""",
     "7 the reference is not the initial policy": """
         tests/unit/model/test_lora.py::test_new_adapters_change_nothing

@@ -47,6 +47,19 @@ def test_a_plan_that_begins_later_counts_from_its_first_step_and_epoch() -> None
     assert plan.epochs_before(14) == pytest.approx(5 + 1 / 3, abs=1e-12)
     for step in range(10, 16):
         assert plan.rows_of_step(step).tolist() == start.rows_of_step(step + 2).tolist()
+    assert plan.rows_until(11).tolist() == sorted(plan.rows_of_step(10)) and plan.rows_until(13).tolist() == list(
+        range(8)
+    )
+
+
+def test_a_plan_of_rollouts_that_begins_later_counts_from_there() -> None:
+    """Rollouts of 4 prompts, 2 prompts a step, twice; the third of a pass over 10 prompts has 2."""
+    first = RolloutPlan(StepPlan(10, 4, 3, seed=3), 2, 2, 40)
+    later = RolloutPlan(StepPlan(10, 4, 3, seed=3, first_step=7, first_epoch=2), 2, 2, 40, first_step=23)
+    for number in range(9):
+        assert later.steps_before(7 + number) == 23 + first.steps_before(number)
+        assert later.rollout_after(23 + first.steps_before(number)) == 7 + number
+    assert first.num_steps() == 30 and later.num_steps() == 40
 
 
 def test_no_rows_is_an_error() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +17,6 @@ from sheeprlhf.data import source
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.prepare import Stream
 from sheeprlhf.data.read import read_batches, read_jsonl, read_parquet
-from sheeprlhf.data.sampler import RolloutPlan, StepPlan
 from sheeprlhf.data.source import Part
 from sheeprlhf.structure.data import HubDataConfig, LocalDataConfig
 from sheeprlhf.utils.errors import DataError
@@ -337,21 +335,3 @@ def test_the_next_file_is_prepared_by_another_process(tmp_path: Path) -> None:
     assert stream.prepare(1).folder == folder
     stream.prepare_ahead(2)
     stream.close()  # before it is done
-
-
-def test_a_plan_that_begins_later_has_permutations_of_its_own() -> None:
-    plan = StepPlan(10, 4, epochs=1, seed=3, first_step=7, first_epoch=2)
-    order = np.random.default_rng([3, 2]).permutation(10)
-    assert [plan.rows_of_step(step).tolist() for step in (7, 8, 9)] == [order[a : a + 4].tolist() for a in (0, 4, 8)]
-    assert (plan.epoch_of(9), plan.epochs_before(7), plan.epochs_before(10)) == (2, 2.0, 3.0)
-    assert plan.rows_until(8).tolist() == sorted(order[:4]) and plan.rows_until(10).tolist() == list(range(10))
-
-
-def test_a_plan_of_rollouts_that_begins_later_counts_from_there() -> None:
-    """Rollouts of 4 prompts, 2 prompts a step, twice; the third of a pass over 10 prompts has 2."""
-    first = RolloutPlan(StepPlan(10, 4, 3, seed=3), 2, 2, 40)
-    later = RolloutPlan(StepPlan(10, 4, 3, seed=3, first_step=7, first_epoch=2), 2, 2, 40, first_step=23)
-    for number in range(9):
-        assert later.steps_before(7 + number) == 23 + first.steps_before(number)
-        assert later.rollout_after(23 + first.steps_before(number)) == 7 + number
-    assert first.num_steps() == 30 and later.num_steps() == 40

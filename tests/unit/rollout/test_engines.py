@@ -1,4 +1,7 @@
-"""Engines that sample for rollouts: each against a plain forward pass, and against the distribution it should have."""
+"""The engine of transformers against a plain forward pass and its distribution; what both engines have in common.
+
+`test_sampler.py` compares the other one, `native`, with a loop.
+"""
 
 import json
 import shutil
@@ -41,17 +44,14 @@ def sample(name: str, model: PreTrainedModel, **given: Any) -> list[Sampled]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", EACH)
-def test_log_probabilities_are_those_of_the_training_forward(
-    name: str, architecture: str, model_folder: ModelFolder
-) -> None:
+def test_log_probabilities_are_those_of_the_training_forward(architecture: str, model_folder: ModelFolder) -> None:
     """Of every token, at the temperature; flags and generators are left as they were."""
     model = load(model_folder(architecture))
     model.train()
     torch.manual_seed(5)
     state, attention = torch.get_rng_state(), model.config._attn_implementation
     messages: list[int] = []
-    sampled = sample(name, model, progress=messages.append)
+    sampled = sample("hf", model, progress=messages.append)
     assert torch.equal(torch.get_rng_state(), state) and sum(messages) == 12
     assert all(module.training for module in model.modules()) and model.config._attn_implementation == attention
     assert [len(one.responses) for one in sampled] == [4, 4, 4]
@@ -66,29 +66,27 @@ def test_log_probabilities_are_those_of_the_training_forward(
             assert_allclose(logprobs, expected.numpy(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_the_models_own_settings_do_not_leak(name: str, model_folder: ModelFolder, tmp_path: Path) -> None:
+def test_the_models_own_settings_do_not_leak(model_folder: ModelFolder, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model_folder(), folder)
     own = {"do_sample": True, "top_k": 1, "repetition_penalty": 5.0, "suppress_tokens": list(range(90)), "min_p": 0.9}
-    expected = sample(name, load(folder))
+    expected = sample("hf", load(folder))
     (folder / "generation_config.json").write_text(json.dumps(own | {"max_length": 9, "eos_token_id": 3}))
     model = load(folder)
     settings = model.generation_config
     assert settings.top_k == 1
-    found = sample(name, model)
+    found = sample("hf", model)
     assert model.generation_config is settings
     for one, other in zip(found, expected, strict=True):
         assert [ids.tolist() for ids in one.responses] == [ids.tolist() for ids in other.responses]
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_each_token_comes_as_often_as_it_is_likely(name: str, model_folder: ModelFolder) -> None:
+def test_each_token_comes_as_often_as_it_is_likely(model_folder: ModelFolder) -> None:
     """Pearson's statistic of 4,000 first tokens, in the middle 99.99 % of its distribution; others are far outside."""
     model, num = load(model_folder()).eval(), 4000
     uniforms = np.random.default_rng(1).random((1, num, 1))
     prompt = PROMPTS[2]
-    [one] = sample(name, model, prompts=[prompt], uniforms=uniforms, token_budget=1000)
+    [one] = sample("hf", model, prompts=[prompt], uniforms=uniforms, token_budget=1000)
     counts = np.bincount([int(ids[0]) for ids in one.responses], minlength=VOCAB)
     with torch.no_grad():
         logits = model(torch.from_numpy(prompt.astype(np.int64))[None]).logits[0, -1].double().numpy()

@@ -1,4 +1,7 @@
-"""Generation and streaming against an argmax loop without a cache and each other, and what they must leave alone."""
+"""Generation and streaming against each other, where they end, and what they must leave alone.
+
+`tests/unit/agent/test_batching.py` compares both with an argmax loop.
+"""
 
 import random
 from collections.abc import Callable
@@ -24,29 +27,6 @@ GREEDY = GenConfig(max_new_tokens=12)
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     cfg = ModelConfig(config_name="auto", repo_name=str(folder))
     return load_causal_lm(cfg, vocabulary=VOCAB, longest=64), load_tokenizer(cfg)
-
-
-def argmax_loop(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: np.ndarray, steps: int) -> str:
-    ids = prompt.tolist()
-    for _ in range(steps):
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-        ids.append(int(logits.argmax()))
-        if ids[-1] == EOS:
-            break
-    return str(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True))
-
-
-@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "phi", "falcon", "mistral"])
-def test_greedy_is_an_argmax_loop_alone_and_left_padded(architecture: str, model_folder: ModelFolder) -> None:
-    model, tokenizer = load(model_folder(architecture))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2.0)  # else falcon writes the same after every prompt
-    expected = [argmax_loop(model.eval(), tokenizer, prompt, 12) for prompt in PROMPTS]
-    assert len(set(expected)) > 1  # the model tells prompts apart
-    assert [generate_responses(model, tokenizer, [prompt], GREEDY)[0] for prompt in PROMPTS] == expected
-    assert generate_responses(model, tokenizer, PROMPTS, GREEDY) == expected
 
 
 def test_the_models_own_settings_neither_leak_nor_change(model_folder: ModelFolder) -> None:

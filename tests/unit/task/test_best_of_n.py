@@ -109,22 +109,6 @@ def test_the_bound_is_the_kl_of_the_best_of_n_of_different_numbers(n: int) -> No
     assert kl_bound(n) == pytest.approx(float((density * np.log(density)).mean()), abs=1e-5)
 
 
-REFUSED = {
-    "optim.lr=0.1": "optim.lr=0.1 is not read by task=best_of_n",
-    "optim=sgd": "optim=sgd is not read",
-    "task.epochs=2": "task.epochs=2 is not read",
-    "task.num_generations=3": "task.rollout_size=255",
-    "reward.normalize=true": "give reward.normalize=false",
-    "generation.top_k=3": "generation.top_k",
-}
-
-
-@pytest.mark.parametrize("word", REFUSED)
-def test_what_it_does_not_read_is_refused(word: str) -> None:
-    problems = validate(resolve_runs(to_typed(composed("train", "task=best_of_n", word)), None))
-    assert len(problems) == 1 and REFUSED[word] in problems[0], problems
-
-
 def test_alone_and_as_a_dry_run_it_is_complete() -> None:
     for words in ([], ["dry_run=true"], ["dry_run=true", "task.num_generations=5", "task.rollout_size=100"]):
         assert validate(resolve_runs(to_typed(composed("train", "task=best_of_n", *words)), None)) == []

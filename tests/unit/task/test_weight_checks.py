@@ -117,6 +117,8 @@ EXCLUDED = [  # the task (an evaluation: perplexity), the architecture, the opti
     ("sft", "llama", "task.batching=packed model.attn_implementation=eager", "model.attn_implementation=eager"),
     ("sft", "llama", "model.freeze_transformer=true", "model.freeze_transformer=true"),
     ("sft", "llama", "model.finetune_mode=LORA model.lora_cfg.targets=[lm_head]", "model.lora_cfg.targets"),
+    ("dpo", "llama", "model.finetune_mode=LORA model.lora_cfg.targets=[q_prj,q_proj]", "q_prj"),
+    ("grpo", "llama", "model.finetune_mode=LORA model.lora_cfg.targets=[lm_head,q_proj]", "model.lora_cfg.targets"),
     ("ppo", "mamba", "", "critic"),
     ("sft", "falcon", "model.chat_template=nothing", "model.chat_template=nothing"),
     ("sft", "falcon", "data.template_args={enable_thinking:false}", "data.template_args"),
