@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -112,16 +110,3 @@ def test_code_of_a_stranger_is_never_trusted(tmp_path):
     library = {"revision": "0" * 40, "trust_remote_code": True, "local_files_only": False}
     run = make_run(tmp_path / "run", model={"library_cfg": library})
     assert find_trained(str(run)).model.library_cfg.trust_remote_code is False
-
-
-def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
-    program = (
-        "import sys\nfrom sheeprlhf.cli import run\n"
-        "for words in (['chat', 'zzzz'], ['export', 'tiny'], ['demo', 'zzzz', '--port', '1x']):\n"
-        "    try:\n        run(words)\n    except SystemExit as stop:\n        print('code', stop.code)\n"
-        "print('heavy', [name for name in ('torch', 'transformers', 'gradio') if name in sys.modules])\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[3]
-    )
-    assert done.stdout.split("\n")[:4] == ["code 2", "code 2", "code 2", "heavy []"], done.stderr
