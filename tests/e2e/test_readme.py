@@ -1,4 +1,4 @@
-"""Commands of the README, and the wheel in an environment of its own."""
+"""Commands of the README, and the wheel in an environment of its own; CI itself installs a clone into a new one."""
 
 import json
 import os
@@ -88,42 +88,6 @@ def test_every_other_command_works(
     for word in set(seen) - {"task=perplexity"}:
         finals = list(Path("logs/runs").glob(f"*/*/{word.removeprefix('task=')}/*/default*/final"))
         assert len(finals) == seen.count(word)
-
-
-@pytest.mark.nightly  # CI itself installs into a clean environment
-def test_install_and_train_in_a_fresh_clone_and_environment(tmp_path: Path) -> None:
-    """The first command; the environment borrows this one's packages instead of fetching them again."""
-    clone = tmp_path / "clone"
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in tracked.rstrip("\0").split("\0"):
-        if (ROOT / name).is_file():
-            (clone / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, clone / name)
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = str(tmp_path / "venv" / "bin" / "python")
-    # Python 3.11 puts an old setuptools into a new environment; the borrowed one is newer.
-    subprocess.run([python, "-m", "pip", "uninstall", "-qy", "setuptools"], check=True)
-    packages = next((tmp_path / "venv").glob("lib/python*/site-packages"))
-    (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()))
-    environment = os.environ | {
-        # A borrowed package's program (pytest) is in the lender's folder.
-        "PATH": os.pathsep.join([str(tmp_path / "venv" / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "PIP_NO_INDEX": "1",
-        "PIP_NO_BUILD_ISOLATION": "0",  # pip reads "0" as: no isolation
-        "SHEEPRLHF_CACHE": str(tmp_path / "cache"),
-    }
-    environment.pop("PYTHONPATH", None)  # it may lead to this checkout
-    for command in (COMMANDS[0], COMMANDS[1] + " --collect-only -q tests/unit/loss"):
-        done = subprocess.run(["bash", "-c", command], cwd=clone, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    run_dir = next((clone / "logs" / "runs").glob("docstrings/tiny/sft/*/default"))
-    assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
-    where = "import sheeprlhf; print(sheeprlhf.__file__)"
-    found = subprocess.run(
-        [python, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert Path(found.stdout.strip()).is_relative_to(clone)
-    assert sys.prefix not in found.stdout
 
 
 PROGRAM = """

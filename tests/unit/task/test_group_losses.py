@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from sheeprlhf.data.example import Example, collate_packed
-from sheeprlhf.loss.ppo import cispo_losses, policy_losses, with_mean_ratio
+from sheeprlhf.loss.ppo import cispo_losses, policy_losses
 from sheeprlhf.model.lm_head import TokenLogprobs
 from sheeprlhf.reward.score import RawScores, Texts
 from sheeprlhf.rollout.rollout import Rollout
@@ -126,14 +126,6 @@ def test_gspo_by_a_loop(estimator: str) -> None:
     total.backward()
     assert_close(found.total, total.detach(), rtol=1e-5, atol=1e-5)
     assert_close(new.grad, exact.grad, rtol=1e-5, atol=1e-6)
-
-
-def test_gspos_ratio() -> None:
-    old = torch.tensor([-1.0, -2.0, -0.5])
-    ratio = (
-        with_mean_ratio(old + torch.tensor([0.1, -0.1, 0.3]), old, torch.zeros(3).long(), torch.tensor([3])) - old
-    ).exp()
-    assert_close(ratio, torch.full((3,), 1.1052), rtol=0, atol=1e-4)
 
 
 def test_cispo_keeps_a_gradient_beyond_the_clip() -> None:
