@@ -1,4 +1,7 @@
-"""Packed rows against padded ones, pairs included, and both against plain forward passes (traps 1, 2 and 6)."""
+"""Packed rows against padded ones, pairs included (traps 1, 2 and 6).
+
+`tests/unit/agent/test_batching.py` compares both with plain forward passes.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,13 +32,9 @@ PACKABLE = [name for name in ARCHITECTURES if name != "falcon"]
 ModelFolder = Callable[..., Path]
 
 
-def load(folder: Path, batching: str = "auto", **options: Any) -> tuple[Policy, bool]:
-    cfg = ModelConfig(config_name="auto", repo_name=str(folder), **options)
-    return load_policy(cfg, load_tokenizer(cfg), longest=64, batching=batching)
-
-
 def policy_of(folder: Path, **options: Any) -> Policy:
-    return load(folder, **options)[0]
+    cfg = ModelConfig(config_name="auto", repo_name=str(folder), **options)
+    return load_policy(cfg, load_tokenizer(cfg), longest=64, batching="auto")[0]
 
 
 def loss_and_gradients(policy: Policy, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -62,25 +61,6 @@ def test_packed_equals_padded(architecture: str, num_responses: int, model_folde
         assert_close(other_gradients, gradients, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
-def test_batch_equals_one_plain_forward_a_sequence(architecture: str, model_folder: ModelFolder) -> None:
-    policy, packed = load(model_folder(architecture))
-    model = policy.causal_lm()
-    examples = random_examples(4, 2, seed=1)
-    batches = [collate_padded(examples, pad_id=EOS, side=side) for side in ("left", "right")]
-    if packed:
-        batches.append(collate_packed(examples))
-    expected = []
-    for example in examples:
-        for response in example.responses:
-            ids = torch.as_tensor([*example.prompt_ids.tolist(), *response.tolist()])[None]
-            logprobs = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-            start = len(example.prompt_ids)
-            expected += [logprobs[t - 1, ids[0, t]] for t in range(start, ids.shape[1])]
-    for batch in batches:
-        assert_close(policy(batch).target_N, torch.stack(expected), rtol=0, atol=1e-5)
-
-
 def test_texts_cost_what_plain_transformers_computes_for_their_pieces(
     model_folder: ModelFolder, tmp_path: Path
 ) -> None:
@@ -102,12 +82,6 @@ def test_texts_cost_what_plain_transformers_computes_for_their_pieces(
     batch = collate_packed(split.examples(range(len(split))))
     assert len(batch.target_ids_N) == sum(len(tokenizer(text)["input_ids"]) for text in texts)  # without BOS, with EOS
     assert_close(-policy(batch).target_N.sum(), torch.stack(expected).sum(), rtol=1e-6, atol=1e-5)
-
-
-def test_falcon_is_padded_and_packed_is_refused(model_folder: ModelFolder) -> None:
-    assert not load(model_folder("falcon"))[1]
-    with pytest.raises(ValueError, match=r"task\.batching=padded"):
-        load(model_folder("falcon"), batching="packed")
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 TRAPS = {
     "1 masks made by comparing ids with the pad id hide a real end token": """
         tests/unit/data/test_collate.py::test_pad_may_be_eos
-        tests/parity/test_packed_equals_padded.py::test_batch_equals_one_plain_forward_a_sequence""",
+        tests/unit/agent/test_batching.py::test_log_probabilities_equal_those_of_rows_alone""",
     "2 padding shifts positions, log-probabilities or scores": """
         tests/unit/data/test_collate.py::test_padded_left_and_right
         tests/unit/data/test_collate.py::test_packed_two_responses_share_their_prompt
@@ -105,7 +105,7 @@ TRAPS = {
         tests/unit/model/test_lora.py::test_a_merge_that_computes_something_else_is_an_error
         tests/e2e/test_export.py::test_a_wrong_merge_is_refused_with_figures
         tests/unit/config/test_shell.py::test_no_command_is_put_together_elsewhere
-        tests/parity/test_packed_equals_padded.py::test_falcon_is_padded_and_packed_is_refused""",
+        tests/unit/agent/test_batching.py::test_log_probabilities_equal_those_of_rows_alone""",
     "25 one end token where a model has several": """
         tests/unit/utils/test_end_tokens.py::test_engines_end_at_the_first_of_the_set
         tests/unit/utils/test_end_tokens.py::test_generate_and_stream_end_there_too

@@ -24,7 +24,7 @@ from sheeprlhf.rollout.sampler import engine_of, sample_responses
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.utils.errors import ModelError
-from tests.support.models import ARCHITECTURES, EXPERTS, FAMILIES, UNPACKED, make_model_folder
+from tests.support.models import ARCHITECTURES, EOS, EXPERTS, FAMILIES, UNPACKED, make_model_folder
 
 ModelFolder = Callable[..., Path]
 SCORED = (
@@ -56,16 +56,18 @@ def reward_of(folder: Path, say: Callable[[str], None] = print, **options: Any) 
     return load_reward_model(cfg, load_tokenizer(cfg), **{"longest": 64, "batching": "auto"} | options, say=say)
 
 
-@pytest.mark.parametrize("architecture", [*FAMILIES, *UNPACKED])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *FAMILIES, *UNPACKED])
 def test_log_probabilities_equal_those_of_rows_alone(architecture: str, model_folder: ModelFolder) -> None:
-    """Packed where the model can be; also of padded batches."""
+    """Packed where the model can be; also of batches that are padded on either side, with a token of the texts."""
     lines: list[str] = []
     policy, packed = policy_of(model_folder(architecture), lines.append)
-    assert packed == (architecture in FAMILIES) and len(lines) == (not packed)
+    assert packed == (architecture not in (*UNPACKED, "falcon")) and len(lines) == (not packed)
     assert packed or lines[0].startswith("batches are padded")
     rows = examples()
     with torch.no_grad():
-        batches = [collate_padded(rows, pad_id=0), *([collate_packed(rows)] if packed else [])]
+        sides = ("right",) if architecture in UNPACKED else ("right", "left")
+        batches = [collate_padded(rows, pad_id=EOS, side=side) for side in sides]
+        batches += [collate_packed(rows)] if packed else []
         found = [policy.eval()(batch).target_N for batch in batches]
         plain = AutoModelForCausalLM.from_pretrained(
             model_folder(architecture), dtype=torch.float32, attn_implementation="eager"
