@@ -35,6 +35,7 @@ from sheeprlhf import (
 from sheeprlhf.apps.pipeline import Children
 from sheeprlhf.engine.rundir import is_finished
 from sheeprlhf.utils.errors import ConfigError, DataError, Interrupted, SheepError
+from tests.support.plain import response_logprobs
 from tests.support.runs import train_words, write_pairs, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -162,10 +163,8 @@ def test_a_pair_in_a_custom_loop_has_the_loss_of_plain_transformers(tmp_path: Pa
         with torch.no_grad():
             found.append(torch.zeros(2).index_add(0, batch.response_index_N, policy.eval()(batch).target_N))
             for response in example.responses:
-                ids = torch.tensor([*example.prompt_ids, *response])
-                logits_TV = plain(ids[None]).logits[0, :, : len(tokenizer)]  # no other ids are ever written
-                logprobs_TV = logits_TV.log_softmax(-1)[len(example.prompt_ids) - 1 : -1]
-                expected.append(float(logprobs_TV.gather(1, ids[len(example.prompt_ids) :, None]).sum()))
+                logprobs_N = response_logprobs(plain, example.prompt_ids, response, num_ids=len(tokenizer))
+                expected.append(float(logprobs_N.sum()))
     assert_close(torch.stack(found).flatten(), torch.tensor(expected), rtol=1e-5, atol=1e-5)
     margin = (expected[0] - expected[2]) - (expected[1] - expected[3])
     [chosen, rejected] = batch.pairs_P2[0].tolist()

@@ -16,6 +16,7 @@ from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.engine.optim import lr_factor
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.task.models import load_policy_from_run, load_trained_reward_model
+from tests.support.plain import response_logprobs
 from tests.support.runs import digests, exit_code, figures_at, result_of, train, train_words, write_pairs, write_rows
 
 ModelFolder = Callable[..., Path]
@@ -105,9 +106,7 @@ def test_the_reference_is_the_fine_tuned_model(chain: Chain) -> None:
         for text in (row["chosen"], row["rejected"]):
             response = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
             with torch.no_grad():
-                logprobs = model(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-            places = range(len(prompt) - 1, len(prompt) + len(response) - 1)
-            expected.append(sum(float(logprobs[i, token]) for i, token in zip(places, response, strict=True)))
+                expected.append(float(response_logprobs(model, prompt, response).double().sum()))
     stored = torch.tensor(stored).flatten()
     read = ~stored.isnan()  # of rows that no step reads, nothing is computed
     assert read.sum() >= 48

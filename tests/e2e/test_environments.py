@@ -26,6 +26,7 @@ from sheeprlhf.task.train.grpo import grpo_loss
 from tests.support.environments import Lengths, calls_of_even_texts
 from tests.support.jobs import JobServer
 from tests.support.models import byte_tokenizer
+from tests.support.plain import response_logprobs
 from tests.support.runs import exit_code, figures, rejected, train, train_words
 from tests.support.talking import TEMPLATE
 
@@ -68,9 +69,8 @@ def check_rows(rows: list[dict[str, Any]], model: Path) -> None:
     num_results = 0
     for row in rows:
         trained = np.array(row["trained"])
-        ids, start = torch.tensor([row["prompt_ids"] + row["response_ids"]]), len(row["prompt_ids"])
         with torch.no_grad():
-            logprobs = plain(ids).logits[0, start - 1 : -1, :-1].log_softmax(-1).gather(1, ids[0, start:, None])[:, 0]
+            logprobs = response_logprobs(plain, row["prompt_ids"], row["response_ids"], num_ids=len(tokenizer))
         for name in ("sampled", "logprobs", "reference"):
             torch.testing.assert_close(torch.tensor(row[name]), logprobs[trained], rtol=0, atol=1e-5)
         borders = np.flatnonzero(np.diff(trained)) + 1
@@ -201,9 +201,7 @@ class Plain(torch.nn.Module):
         found = []
         for example in self.examples:
             for response, mask in zip(example.responses, example.masks(), strict=True):
-                ids = torch.tensor(np.concatenate([example.prompt_ids, response])[None], dtype=torch.long)
-                logits = self.model(ids).logits[0, len(example.prompt_ids) - 1 : -1] / temperature
-                logprobs = logits.log_softmax(-1).gather(1, ids[0, len(example.prompt_ids) :, None])[:, 0]
+                logprobs = response_logprobs(self.model, example.prompt_ids, response, temperature=temperature)
                 found.append(logprobs[torch.from_numpy(mask)])
         return TokenLogprobs(torch.cat(found), None)
 

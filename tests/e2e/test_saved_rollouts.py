@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.task import loop
 from sheeprlhf.task.finish import saved_rollouts
+from tests.support.plain import response_logprobs
 from tests.support.rewards import letters
 from tests.support.runs import figures, train, write_rows
 
@@ -58,11 +59,8 @@ def test_rows_hold_what_the_models_computed(task: str, tmp_path: Path, model_fol
     for row in rows:
         assert row[TERM] == letters([row["prompt"]], [row["response"]])[0]
         assert row["score"] == min(row[TERM], 0.5)
-        ids, start = torch.tensor([row["prompt_ids"] + row["response_ids"]]), len(row["prompt_ids"])
         with torch.no_grad():
-            logprobs = (
-                plain(ids).logits[0, start - 1 : -1, :num_tokens].log_softmax(-1).gather(1, ids[0, start:, None])[:, 0]
-            )
+            logprobs = response_logprobs(plain, row["prompt_ids"], row["response_ids"], num_ids=num_tokens)
         for name in ("sampled", "logprobs", "reference"):
             torch.testing.assert_close(torch.tensor(row[name]), logprobs, rtol=0, atol=1e-5)
     pairs = [(rows[i], rows[i + 1]) for i in range(0, 24, 2)]

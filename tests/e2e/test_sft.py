@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.cli import run
+from tests.support.plain import response_logprobs
 from tests.support.runs import digests, figures_at, killed, result_of, train, write_rows
 
 ModelFolder = Callable[..., Path]
@@ -53,10 +54,8 @@ def plain_loop_nll(model: torch.nn.Module, tokenizer: object, data: Path) -> tup
         response = tokenizer(row["response"], add_special_tokens=False)["input_ids"]  # type: ignore[operator]
         response.append(tokenizer.eos_token_id)  # type: ignore[attr-defined]
         with torch.no_grad():
-            logprobs = model(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-        for offset, token in enumerate(response):
-            total -= float(logprobs[len(prompt) + offset - 1, token])
-            count += 1
+            total -= float(response_logprobs(model, prompt, response).double().sum())
+        count += len(response)
     return total, count
 
 

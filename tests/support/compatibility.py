@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from sheeprlhf.agent.policy import load_policy
 from sheeprlhf.data.example import collate_packed, collate_padded
@@ -19,6 +19,7 @@ from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
 from tests.support.batches import random_examples
 from tests.support.models import make_model_folder
+from tests.support.plain import response_logprobs
 from tests.support.runs import exit_code, train_words, write_pairs, write_rows
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -79,15 +80,8 @@ def _compare(folder: Path) -> tuple[bool, float]:
     batch = collate_packed(rows) if packed else collate_padded(rows, pad_id=0)
     with torch.no_grad():
         found = policy.eval()(batch).target_N
-        expected = torch.cat([_logprobs(plain, row.prompt_ids, one) for row in rows for one in row.responses])
+        expected = torch.cat([response_logprobs(plain, row.prompt_ids, one) for row in rows for one in row.responses])
     return packed, float((found - expected).abs().max())
-
-
-def _logprobs(model: PreTrainedModel, prompt: Any, response: Any) -> torch.Tensor:
-    ids = torch.tensor([*prompt.tolist(), *response.tolist()])
-    logprobs_TV = model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
-    chosen: torch.Tensor = logprobs_TV[len(prompt) - 1 : -1].gather(1, ids[len(prompt) :, None])[:, 0]
-    return chosen
 
 
 def published_rows() -> list[str]:

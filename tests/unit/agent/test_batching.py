@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -25,6 +24,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.utils.errors import ModelError
 from tests.support.models import ARCHITECTURES, EOS, EXPERTS, FAMILIES, UNPACKED, make_model_folder
+from tests.support.plain import response_logprobs
 
 ModelFolder = Callable[..., Path]
 SCORED = (
@@ -72,7 +72,7 @@ def test_log_probabilities_equal_those_of_rows_alone(architecture: str, model_fo
         plain = AutoModelForCausalLM.from_pretrained(
             model_folder(architecture), dtype=torch.float32, attn_implementation="eager"
         ).eval()
-        expected = [_logprobs(plain, row.prompt_ids, response) for row in rows for response in row.responses]
+        expected = [response_logprobs(plain, row.prompt_ids, response) for row in rows for response in row.responses]
     for target_N in found:
         assert_close(target_N, torch.cat(expected), rtol=0, atol=1e-5)
     if not packed:
@@ -91,14 +91,10 @@ def test_attention_by_choice_is_padded(attention: str, model_folder: ModelFolder
     plain = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         found = policy.eval()(collate_padded(examples(), pad_id=0)).target_N
-        expected = [_logprobs(plain, row.prompt_ids, response) for row in examples() for response in row.responses]
+        expected = [
+            response_logprobs(plain, row.prompt_ids, response) for row in examples() for response in row.responses
+        ]
     assert_close(found, torch.cat(expected), rtol=0, atol=1e-5)
-
-
-def _logprobs(model: nn.Module, prompt: np.ndarray, response: np.ndarray) -> Tensor:
-    ids = torch.tensor([*prompt.tolist(), *response.tolist()])
-    logprobs = model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
-    return logprobs[len(prompt) - 1 : -1].gather(1, ids[len(prompt) :, None])[:, 0]
 
 
 @pytest.mark.parametrize("architecture", SCORED)
@@ -155,7 +151,7 @@ def test_dynamic_rotary_embeddings_are_the_same_for_all_rows_that_a_model_reads(
     rows = [row for row in examples() if sum(map(len, (row.prompt_ids, *row.responses))) <= 40]
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        expected = [_logprobs(plain, row.prompt_ids, response) for row in rows for response in row.responses]
+        expected = [response_logprobs(plain, row.prompt_ids, response) for row in rows for response in row.responses]
         found = [policy.eval()(batch).target_N for batch in (collate_packed(rows), collate_padded(rows, pad_id=0))]
     assert packed and len(rows) == 4
     for target_N in found:

@@ -36,6 +36,7 @@ from sheeprlhf.structure.run import AdamWConfig, FabricConfig, GenConfig, TrainC
 from sheeprlhf.task.finish import check_sampler, sample_table
 from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError
 from tests.support.models import EOS
+from tests.support.plain import response_logprobs
 
 ModelFolder = Callable[..., Path]
 TEMPERATURE = 0.7
@@ -87,15 +88,11 @@ def test_each_token_has_the_log_probability_that_a_plain_forward_gives(model_fol
     for row, found, reference in zip(
         rollout.rows, rollout.tokens["logprobs"], rollout.tokens["reference"], strict=True
     ):
-        expected = []
-        for response in row.responses:
-            ids = torch.tensor([[*row.prompt_ids.tolist(), *response.tolist()]])
-            with torch.no_grad():
-                logprobs = (model(ids).logits[0] / TEMPERATURE).log_softmax(-1)
-            first = len(row.prompt_ids)
-            expected += [float(logprobs[first + i - 1, token]) for i, token in enumerate(response.tolist())]
-        assert_close(found, np.array(expected, dtype=np.float32), rtol=0, atol=1e-5)
-        assert_close(reference, np.array(expected, dtype=np.float32), rtol=0, atol=1e-5)
+        with torch.no_grad():
+            parts = [response_logprobs(model, row.prompt_ids, one, temperature=TEMPERATURE) for one in row.responses]
+        expected = torch.cat(parts).numpy()
+        assert_close(found, expected, rtol=0, atol=1e-5)
+        assert_close(reference, expected, rtol=0, atol=1e-5)
     figures = rollout_metrics(rollout)
     assert figures["objective/kl"] == pytest.approx(0.0, abs=1e-5)
     assert figures["rollout/length"] == np.mean(rollout.response_lengths)

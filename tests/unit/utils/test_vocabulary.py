@@ -27,6 +27,7 @@ from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.vocabulary import defined_ids, num_rows_needed, undefined_ids
 from tests.support.models import VOCAB, byte_tokenizer
+from tests.support.plain import response_logprobs
 
 ModelFolder = Callable[..., Path]
 PROMPTS = [np.array([257, 70], dtype=np.int32), np.array([257, 71, 72], dtype=np.int32)]
@@ -93,9 +94,7 @@ def test_engines_never_sample_them(name: str, padded: Path) -> None:
         for ids, logprobs in zip(one.responses, one.logprobs, strict=True):
             assert ids.max() <= 258
             with torch.no_grad():
-                logits = policy.causal_lm()(torch.from_numpy(np.concatenate([prompt, ids]).astype(np.int64))[None])
-            rows = (logits.logits[0, len(prompt) - 1 : -1, :259].double() / 0.7).log_softmax(-1)
-            expected = rows[torch.arange(len(ids)), torch.from_numpy(ids.astype(np.int64))]
+                expected = response_logprobs(policy.causal_lm(), prompt, ids, temperature=0.7, num_ids=259)
             assert_allclose(logprobs, expected.numpy(), rtol=0, atol=1e-5)
 
 
