@@ -1,5 +1,7 @@
 """Rollouts by servers: a small server samples with plain transformers from the weights that it is given."""
 
+import asyncio
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -276,9 +278,22 @@ def test_a_hanging_server_leaves_its_prompts_to_the_others(tmp_path: Path, model
     ids=["down", "hang", "forbidden"],
 )
 def test_no_server_answers(
-    how: int | str, options: dict[str, Any], asked: int, tmp_path: Path, model_folder: ModelFolder
+    how: int | str,
+    options: dict[str, Any],
+    asked: int,
+    tmp_path: Path,
+    model_folder: ModelFolder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder = model_folder()
+    """The clock goes on by the pauses, which take no time here."""
+    folder, skipped, sleep = model_folder(), [0.0], asyncio.sleep
+
+    async def skip(seconds: float) -> None:
+        skipped.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(module.asyncio, "sleep", skip)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + sum(skipped)))
     with vllm_server(folder) as one:
         client = make_client(folder, tmp_path / "run", [one], **options)
         fail("/weight_info", *range(999), how=how)(one)
