@@ -112,6 +112,15 @@ EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reas
         ),
     },
     "sheeprlhf.loss.ilql.expectile_losses": {"no difference, no loss": ("differences_N >= 0 -> differences_N > 0",)},
+    "sheeprlhf.loss.ilql.q_losses": {
+        "values and rewards behind a response are 0": (
+            "torch.arange(width, device=values_N.device) < lengths_S[:, None]"
+            " -> torch.arange(width, device=values_N.device) <= lengths_S[:, None]",
+        ),
+        "the size saves a wait for the device alone": (
+            "shift_S.repeat_interleave(lengths_S, output_size=len(values_N)) -> shift_S.repeat_interleave(lengths_S)",
+        ),
+    },
     "sheeprlhf.loss.sft.expert_counts": {
         "logits have two dimensions": ("-1 -> 1", "-1 -> 1 #2"),
         "the last is topk's own choice": ("logits_TE.topk(top_k, dim=-1) -> logits_TE.topk(top_k)",),

@@ -28,7 +28,8 @@ LENGTHS = (3, 1, 2)
 @pytest.mark.parametrize("lam", [0.0, 0.4, 1.0])
 def test_q_losses_by_a_loop(lam: float) -> None:
     rng = torch.Generator().manual_seed(0)
-    q, values, rewards = torch.randn(2, 6, generator=rng), torch.randn(6, generator=rng), torch.tensor([1.0, -2.0, 0.5])
+    q, values = torch.randn(2, 6, generator=rng), torch.randn(6, generator=rng)
+    rewards = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)  # any number format will do
     expected, place = [], 0
     for length, reward in zip(LENGTHS, rewards, strict=True):
         target = float(reward)
