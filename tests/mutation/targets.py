@@ -34,7 +34,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.task.train.ilql:ilql_loss": ("tests/unit/task/test_ilql.py",),
     "sheeprlhf.task.train.kto": ("tests/unit/task/test_kto.py",),
     "sheeprlhf.task.train.online_dpo": ("tests/unit/task/test_group_losses.py",),
-    "sheeprlhf.task.train.prm:prm_loss": ("tests/unit/task/test_prm.py",),
+    "sheeprlhf.task.train.prm:prm_loss": ("tests/unit/task/test_loss_metrics.py", "tests/unit/task/test_prm.py"),
     "sheeprlhf.task.train.reinforce_pp": ("tests/unit/task/test_group_losses.py",),
     "sheeprlhf.task.train.ppo": ("tests/unit/task/test_ppo_step.py",),
     "sheeprlhf.task.train.rloo": ("tests/unit/task/test_group_losses.py",),

@@ -1,4 +1,4 @@
-"""Metrics of the losses of pairs and of fine-tuning by loops, and what each loss asks of its policy."""
+"""Metrics of the losses of pairs, steps and fine-tuning by loops, and what each loss asks of its policy."""
 
 import math
 from collections import Counter
@@ -14,6 +14,7 @@ from sheeprlhf.data.example import collate_packed
 from sheeprlhf.model.lm_head import TokenLogprobs
 from sheeprlhf.structure.task import DPOConfig
 from sheeprlhf.task.train.dpo import dpo_loss
+from sheeprlhf.task.train.prm import prm_loss
 from sheeprlhf.task.train.rm import rm_loss
 from sheeprlhf.task.train.sft import sft_loss
 from tests.support.batches import random_examples
@@ -86,6 +87,15 @@ def test_the_metrics_of_a_reward_model() -> None:
     found = {name: float(value) for name, value in output.metrics.items()}
     assert found == pytest.approx(reward_metrics(scores.tolist()), abs=1e-5)
     assert not any(value.requires_grad for value in output.metrics.values())
+
+
+def test_the_metrics_of_steps() -> None:
+    """A step is called right by a positive score; a score of 0 calls it wrong."""
+    scores, labels = torch.tensor([0.5, 0.0, -2.0]), torch.tensor([True, False, True])
+    output = prm_loss(lambda _: scores, (collate_packed(ROWS), labels))  # type: ignore[arg-type]
+    losses = [math.log1p(math.exp(-0.5)), math.log(2), math.log1p(math.exp(2.0))]
+    assert float(output.total) == pytest.approx(sum(losses), rel=1e-5)
+    assert {name: float(value) for name, value in output.metrics.items()} == {"accuracy": 2.0, "share_right": 2.0}
 
 
 def test_smoothed_labels_of_fine_tuning() -> None:
