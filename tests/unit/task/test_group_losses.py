@@ -243,7 +243,7 @@ def test_distillation_has_the_gradient_of_the_divergence_from_the_teacher() -> N
 def test_distillation_by_a_loop() -> None:
     given, clipped = numbers(), 0
     found = distill.distill_loss(
-        Said(given["new"]), (BATCH, given), task=DistillConfig(clip_coeff=0.1), temperature=0.7
+        Said(given["new"], torch.ones(N)), (BATCH, given), task=DistillConfig(clip_coeff=0.1), temperature=0.7
     )
     total, ratios = 0.0, (given["new"] - given["logprobs"]).exp().tolist()
     for ratio, a in zip(ratios, given["advantages"].tolist(), strict=True):

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from itertools import combinations
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,12 +99,18 @@ def test_the_metrics_of_steps() -> None:
     assert {name: float(value) for name, value in output.metrics.items()} == {"accuracy": 2.0, "share_right": 2.0}
 
 
-def test_smoothed_labels_of_fine_tuning() -> None:
+def test_smoothed_labels_and_the_share_of_a_router() -> None:
     batch = collate_packed(ROWS)
     target_N = numbers(sum(batch.response_lengths), 6).requires_grad_()
-    policy = Given(target_N, mean=2 * target_N.detach())
+    policy, nll = Given(target_N, mean=2 * target_N.detach()), -target_N.detach().sum()
     for label_smoothing in (0.0, 0.1):
         output = sft_loss(policy, batch, label_smoothing=label_smoothing)  # -(1 - e) log p - 2 e log p
         assert policy.asked == ({"mean"} if label_smoothing else set())
-        assert_close(output.total, -(1 + label_smoothing) * target_N.sum(), rtol=1e-6, atol=1e-6)
-        assert_close(output.metrics, {"nll": -target_N.detach().sum()}, rtol=1e-6, atol=1e-6)
+        assert_close(output.total, (1 + label_smoothing) * nll, rtol=1e-6, atol=1e-6)
+        assert_close(output.metrics, {"nll": nll}, rtol=1e-6, atol=1e-6)
+    router: Any = SimpleNamespace(share=lambda _: torch.tensor(0.5, requires_grad=True))
+    output = sft_loss(policy, batch, router=router)
+    assert policy.asked == {"router"}
+    assert_close(output.total, nll + 0.5, rtol=1e-6, atol=1e-6)
+    assert_close(output.metrics, {"nll": nll, "router_loss": torch.tensor(0.5)}, rtol=1e-6, atol=1e-6)
+    assert not any(value.requires_grad for value in output.metrics.values())
