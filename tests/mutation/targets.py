@@ -121,6 +121,10 @@ EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reas
             "shift_S.repeat_interleave(lengths_S, output_size=len(values_N)) -> shift_S.repeat_interleave(lengths_S)",
         ),
     },
+    "sheeprlhf.task.train.rm.rm_loss": {
+        "the square of a sum": ("centering(chosen_P, rejected_P) -> centering(rejected_P, chosen_P)",),
+        "one more place of padding": ("1 -> 2",),
+    },
     "sheeprlhf.loss.sft.expert_counts": {
         "logits have two dimensions": ("-1 -> 1", "-1 -> 1 #2"),
         "the last is topk's own choice": ("logits_TE.topk(top_k, dim=-1) -> logits_TE.topk(top_k)",),

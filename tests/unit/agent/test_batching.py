@@ -188,12 +188,8 @@ def test_what_is_written_is_that_of_an_argmax_loop(architecture: str, model_fold
     options = GenConfig(max_new_tokens=12, do_sample=False)
     assert list(stream_ids(model, prompts[1], options, end_ids=[], seed=0)) == expected[1]
     written = generate_ids(model, tokenizer, prompts, options)
-    ends = [ids[: ids.index(257) + 1] if 257 in ids else ids for ids in expected]
-    assert [ids.tolist() for ids in written] == [_until(ids, tokenizer.eos_token_id) for ids in ends]
-
-
-def _until(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end) + 1] if end in ids else ids
+    ends = [ids[: ids.index(EOS) + 1] if EOS in ids else ids for ids in expected]
+    assert [ids.tolist() for ids in written] == ends
 
 
 def _greedy(model: Any, prompt: np.ndarray, count: int) -> list[int]:

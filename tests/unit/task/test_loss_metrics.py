@@ -81,12 +81,21 @@ def test_the_metrics_of_dpo() -> None:
     assert trained.metrics.keys() == expected.keys() - {"entropy"}
 
 
-def test_the_metrics_of_a_reward_model() -> None:
+@pytest.mark.parametrize("loss_type", ["last_token", "plackett_luce"])
+def test_the_loss_and_metrics_of_a_reward_model(loss_type: str) -> None:
     batch = collate_packed(ROWS, targets="last")
     scores = numbers(5, 5).requires_grad_()
-    output = rm_loss(lambda _: scores, batch, loss_type="last_token")  # type: ignore[arg-type]
+    values, total = scores.tolist(), 0.0
+    for w, r, weight in PAIRS:
+        pair = math.log1p(math.exp(values[r] - values[w])) if loss_type == "last_token" else 0.0
+        total += weight * (pair + 0.3 * (values[w] + values[r]) ** 2)
+    if loss_type == "plackett_luce":  # of the best among those that are left, until one is
+        for ranked in (values[0:3], values[1:3], values[3:5]):
+            total += math.log(sum(math.exp(value - ranked[0]) for value in ranked))
+    output = rm_loss(lambda _: scores, batch, loss_type=loss_type, center=0.3)  # type: ignore[arg-type]
+    assert float(output.total) == pytest.approx(total, rel=1e-5)
     found = {name: float(value) for name, value in output.metrics.items()}
-    assert found == pytest.approx(reward_metrics(scores.tolist()), abs=1e-5)
+    assert found == pytest.approx(reward_metrics(values), abs=1e-5)
     assert not any(value.requires_grad for value in output.metrics.values())
 
 
