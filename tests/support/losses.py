@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sheeprlhf.agent.policy import load_policy
-from sheeprlhf.agent.reward import load_reward_model
+from sheeprlhf.agent.reward import load_reward_model, reward_model_of
 from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.engine.step import LossFn
 from sheeprlhf.model.folder.load import load_tokenizer
@@ -34,7 +34,7 @@ from sheeprlhf.task.train.ppo import policy_loss, ptx_loss, value_loss
 from sheeprlhf.task.train.prm import prm_loss
 from sheeprlhf.task.train.reinforce_pp import reinforce_pp_loss
 from sheeprlhf.task.train.rloo import rloo_loss
-from sheeprlhf.task.train.rm import rm_loss
+from sheeprlhf.task.train.rm import likelihood_loss, rm_loss
 from sheeprlhf.task.train.sft import sft_loss
 from tests.support.models import make_model_folder
 
@@ -51,6 +51,7 @@ LOSSES: Mapping[str, tuple[LossFn, str, str]] = {  # the loss; the targets that 
     "dpo, ipo": (partial(dpo_loss, task=DPOConfig(loss_type="ipo")), "response", "per response"),
     "dpo, weights": (partial(dpo_loss, task=DPOConfig(ld_alpha=0.5, use_weighting=True)), "response", "per response"),
     "rm, rankings": (partial(rm_loss, loss_type="plackett_luce", center=0.01), "last", ""),
+    "rm, likelihood": (likelihood_loss, "response", ""),
     "prm": (prm_loss, "steps", "label per step"),
     "ilql": (partial(ilql_loss, task=ILQLConfig()), "response", "per response"),
     "kto": (partial(kto_loss, task=KTOConfig(), kl=0.1), "response", "per response"),
@@ -66,6 +67,11 @@ LOSSES: Mapping[str, tuple[LossFn, str, str]] = {  # the loss; the targets that 
     "distill": (partial(distill_loss, task=DistillConfig(), **ONLINE), "response", "per token"),
     "grpo, gspo": (
         partial(grpo_loss, task=GRPOConfig(loss_type="gspo"), max_length=8, **ONLINE),
+        "response",
+        "per token",
+    ),
+    "grpo, cispo": (
+        partial(grpo_loss, task=GRPOConfig(loss_type="cispo", max_ratio=4.0), max_length=8, **ONLINE),
         "response",
         "per token",
     ),
@@ -97,6 +103,9 @@ def loss_case(name: str, folder: Path) -> LossCase:
     if name == "ilql":
         torch.manual_seed(0)  # of the new heads
         module = ILQLModel(module)
+    if name == "rm, likelihood":
+        policy, module = module, reward_model_of(module, cfg, load_tokenizer(cfg))
+        module.keep_language_head(policy.causal_lm())
     single = needed in ("per token", "label per step") and name != "online_dpo"
     batch = collate_packed(_examples(1 if single else 2), targets=targets)
     content: Any = batch

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sheeprlhf.config.registry import choices
 from tests.support.jobs import JobServer
 from tests.support.losses import LOSSES
 
@@ -15,3 +16,8 @@ def test_packed_losses_copy_nothing_between_devices(server: JobServer, tmp_path:
     job = server.start([], tmp_path / "log", program)
     assert job.wait() == 0, job.text()
     assert json.loads(job.text().splitlines()[-1]) == {name: [] for name in LOSSES}
+
+
+def test_the_losses_of_all_trained_tasks_are_checked() -> None:
+    """Also by benchmarks/gpu_check.py."""
+    assert {name.split(",")[0] for name in LOSSES} == choices("task", "train").keys() - {"best_of_n"}
