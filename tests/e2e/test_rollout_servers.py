@@ -279,6 +279,46 @@ def test_vllm_has_the_routes_of_the_small_server(
     subprocess.run(command, input=json.dumps([init, update]), text=True, check=True, timeout=600)
 
 
+@pytest.mark.nightly
+def test_the_small_server_answers_like_vllm(real: tuple[Path, RealServer]) -> None:
+    """Equal requests have answers of the same status, with everything that a run reads from them."""
+    folder, server = real
+    sampling = {"temperature": 0.7, "n": 2, "max_tokens": 5, "seed": 7, "logprobs": 0, "ignore_eos": True}
+    sampling |= {"stop_token_ids": [2], "stop": ["zz"], "include_stop_str_in_output": True, "logit_bias": {"5": -100.0}}
+    sampling |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    body = {"token_ids": [40, 41, 42, 43], "sampling_params": sampling}
+    exchange: list[tuple[str, str, Any]] = [
+        ("POST", "/update_weight_version", {"new_version": "check-1"}),
+        ("GET", "/weight_info", None),
+        ("GET", "/v1/models", None),
+        ("GET", "/get_world_size", None),
+        ("POST", "/pause?mode=abort", None),
+        ("POST", "/reset_prefix_cache", None),
+        ("POST", "/resume", None),
+        ("POST", GENERATE, body),
+        ("POST", GENERATE, body | {"model": "no-such-adapter"}),
+        ("POST", "/no/such/route", {}),
+    ]
+    with vllm_server(folder) as small:
+        small.longest = 256
+        found, expected = (
+            [httpx.request(how, url + path, json=sent, timeout=120, trust_env=False) for how, path, sent in exchange]
+            for url in (small.url, server.url)
+        )
+    assert [one.status_code for one in found] == [one.status_code for one in expected]
+    assert [one.json()["weight_version"] for one in (found[1], expected[1])] == ["check-1"] * 2
+    models = [one.json()["data"][0] for one in (found[2], expected[2])]
+    assert [model["max_model_len"] for model in models] == [256, 256]
+    assert all(json.loads(Path(model["root"], "config.json").read_text()) for model in models[1:])
+    assert found[3].json() == expected[3].json()
+    for ours, theirs in zip(*(one.json()["choices"] for one in (found[7], expected[7])), strict=True):
+        assert theirs.keys() >= ours.keys()
+        assert {"index": ours["index"], "finish_reason": "length"}.items() <= theirs.items()
+        assert len(ours["token_ids"]) == len(theirs["token_ids"]) == len(theirs["logprobs"]["content"]) == 5
+        assert theirs["logprobs"]["content"][0]["logprob"] < 0
+        assert ours["weight_versions"] == theirs["weight_versions"]
+
+
 PHASES = {"sync": "_load", "sampling": "_ask", "training": "write_weights"}  # what is called in it
 
 
