@@ -6,9 +6,11 @@ The expected bytes are those that one process writes without sharding.
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -19,6 +21,7 @@ from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.parts import keeps_parameters, write_model
 from sheeprlhf.model.folder.load import load_causal_lm
+from sheeprlhf.rollout.rollout import sample_on_all_ranks
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.run import AdamWConfig, FabricConfig
 from tests.unit.engine.toy import on_ranks
@@ -99,6 +102,31 @@ def test_any_number_of_ranks_writes_and_reads_the_same_bytes(
     for path in sorted((tmp_path / "final").iterdir()):
         assert (tmp_path / f"final-{size}" / path.name).read_bytes() == path.read_bytes()
     AutoModelForCausalLM.from_pretrained(tmp_path / f"final-{size}")
+
+
+def num_gathers(_: Any, model: Path, passes: int) -> tuple[list[int], int]:
+    """Sample the responses of four prompts in forward passes of which ranks have different numbers; count gathers."""
+    fabric = make_fabric(FabricConfig(devices="2", strategy="fsdp2"))
+    fabric.launch()
+    policy = loaded(model, in_files=True)
+    set_up(fabric, AdamWConfig(), policy, 1e-2)
+
+    def sample(mine: list[int], _: Any) -> list[int]:
+        with torch.no_grad():
+            for _ in range(passes * (1 + fabric.global_rank)):
+                policy.causal_lm()(torch.ones(1, 4, dtype=torch.long))
+        return mine
+
+    with patch.object(dist, "all_gather_single", wraps=dist.all_gather_single) as gather:
+        sampled = sample_on_all_ranks(fabric, policy, sample, 4, 2, "")
+    return sampled, gather.call_count
+
+
+@pytest.mark.slow
+def test_a_rollout_gathers_the_weights_once(model_folder: ModelFolder) -> None:
+    """Of two blocks and what is around them, whatever the number of forward passes."""
+    for passes in (1, 5):
+        assert on_ranks(2, num_gathers, model_folder(), passes, timeout=300) == [([0, 1, 2, 3], 3)] * 2
 
 
 def in_pieces(_: Any, folder: Path, model: Path) -> None:
