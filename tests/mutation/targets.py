@@ -47,6 +47,7 @@ WITHOUT_SURVIVORS = [name for name in TARGETS if name.startswith("sheeprlhf.loss
     "sheeprlhf.data.sampler:RolloutPlan",
     "sheeprlhf.data.sampler:cut_micro_batches",
     "sheeprlhf.task.loop:Iteration",
+    "sheeprlhf.task.train.distill:distill_loss",
     "sheeprlhf.task.train.ilql:ilql_loss",
     "sheeprlhf.task.train.reinforce_pp:reinforce_pp_loss",
     "sheeprlhf.task.train.reinforce_pp:with_advantages",
