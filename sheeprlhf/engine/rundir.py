@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from sheeprlhf.config.overrides import command, option_word
+from sheeprlhf.config.overrides import command, hydra_value, option_word
 from sheeprlhf.config.path_checks import absolute_words
 from sheeprlhf.config.registry import NOT_IN_HASH, PERFORMANCE_ONLY_OPTIONS, choices, config_to_dict, leaves
 from sheeprlhf.config.run_lookup import (
@@ -227,10 +227,8 @@ def _resume(folder: Path, cfg: TrainConfig, config_hash: str, *, key: str) -> Ru
     if info["config_hash"] != config_hash:
         if info.get("status") == "finished":
             raise ConfigError(_finished_problem(folder, info, cfg, key))
-        changed = [f"{name} was {was} and is {now}" for name, was, now in changed_options(cfg, folder)]
-        more = [f"and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else []
         raise ConfigError(
-            f"{key}={folder} belongs to another configuration: {'; '.join([*changed[:_SHOWN], *more])}: "
+            f"{key}={folder} belongs to another configuration: {_changes_text(changed_options(cfg, folder))}: "
             f"give the options in {folder / 'config.yaml'} "
             "(those of its command: " + " ".join(info.get("command", [])) + "), or start another run"
         )
@@ -240,12 +238,16 @@ def _resume(folder: Path, cfg: TrainConfig, config_hash: str, *, key: str) -> Ru
     return RunPlace(folder, True, f"going on with {folder}")
 
 
+def _changes_text(changed: list[tuple[str, Any, Any]]) -> str:
+    """The first of these options, with their values as on a command line."""
+    lines = [f"{name} was {hydra_value(was)} and is {hydra_value(now)}" for name, was, now in changed[:_SHOWN]]
+    return "; ".join([*lines, *([f"and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else [])])
+
+
 def _finished_problem(folder: Path, info: dict[str, Any], cfg: TrainConfig, key: str) -> str:
     """The reason that a finished run cannot continue with other options, and the command that trains its policy on."""
     changed = changed_options(cfg, folder)
-    shown = [f"{name} was {was} and is {now}" for name, was, now in changed[:_SHOWN]]
-    more = [f"and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else []
-    which = "; ".join([*shown, *more]) or "those of another version of this program"
+    which = _changes_text(changed) or "those of another version of this program"
     problem = f"{key}={folder} is finished and does not continue with other options ({which})"
     task = choices("task", "train").get(str(info.get("task")))
     if getattr(task, "trains", None) != "policy" or not hasattr(task, "sft_experiment_dir"):

@@ -91,8 +91,8 @@ MISMATCHES = {  # an override, and how the message tells it
     "model.lora_cfg.targets=[q_proj]": "model.lora_cfg.targets",
     "model=gpt2": "model.config_name",
     "fabric.precision=bf16-mixed": "fabric.precision was 32-true and is bf16-mixed",
-    "optim.lr=3e-4": "optim.lr was None and is 0.0003",
-    "task.max_grad_norm=null": "task.max_grad_norm was 1.0 and is None",
+    "optim.lr=3e-4": "optim.lr was null and is 0.0003",
+    "task.max_grad_norm=null": "task.max_grad_norm was 1.0 and is null",
 }
 
 
