@@ -23,6 +23,10 @@ OF_TASK = {
     "reinforce_pp": ["task.num_generations=4", "task.init_kl_coeff=0"],
     "online_dpo": ["task.num_generations=8", "task.beta=0.1"],
 }
+OPTIONS = {  # command of each
+    "dr_grpo": "grpo task.loss_type=dr_grpo task.scale_rewards=false",
+    "group baseline": "reinforce_pp task.group_baseline=true",
+}
 
 
 @pytest.mark.nightly
@@ -70,9 +74,22 @@ IN_CI = {("ppo", "letters")}
     ],
 )
 def test_it_is_found(task: str, reward: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    name, *loss_type = task.split()
+    words = [f"reward.path=tests.support.rewards:{reward}", SHORT[reward], *OF_TASK[task], *loss_type]
+    check_found(name, words, tmp_path, model_folder)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", OPTIONS)
+def test_it_is_found_with_options(name: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    task, *options = OPTIONS[name].split()
+    words = ["reward.path=tests.support.rewards:letters", SHORT["letters"], *OF_TASK[task], *options]
+    check_found(task, words, tmp_path, model_folder)
+
+
+def check_found(task: str, options: list[str], tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Train: scores are below 0.6 in the first rollout, and at least 0.95 in the last validation."""
     words = [
-        f"reward.path=tests.support.rewards:{reward}",
-        SHORT[reward],
         "task.rollout_size=64",
         "task.mini_batch_size=32",
         "task.micro_batch_size=64",
@@ -83,11 +100,10 @@ def test_it_is_found(task: str, reward: str, tmp_path: Path, model_folder: Model
         "task.max_eval_batches=null",
         "optim.lr=5e-3",
         "optim.schedule=constant",
-        *OF_TASK[task],
+        *options,
     ]
-    name, *loss_type = task.split()
     rows = write_rows(tmp_path / "rows.jsonl")
-    found = figures(train(model_folder(), rows, tmp_path / "run", *words, *loss_type, task=name))
+    found = figures(train(model_folder(), rows, tmp_path / "run", *words, task=task))
     print(found["objective/scores"][:3], found["objective/scores"][-3:], found["val/scores"])
     assert found["objective/scores"][0] < 0.6
     assert found["val/scores"][-1] >= 0.95
