@@ -70,6 +70,9 @@ class Rollout:
     scores: np.ndarray  # (rows, K) float64, the reward of each response
     finished: np.ndarray  # (rows, K) bool, whether an end token or a stop string ended it; else it was cut
     tokens: dict[str, tuple[np.ndarray, ...]]  # by name, for each row the numbers of its responses' tokens, float32
+    texts: Texts = Texts([], [], [], [], {})  # prompts and responses as the reward reads them; empty until it has
+    raw: RawScores = RawScores([], {})  # scores before normalisation and penalties, by term
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # for the log
 
     @property
     def lengths(self) -> np.ndarray:
@@ -113,11 +116,19 @@ class Rollout:
         return dataclasses.replace(self, rows=exchange(self.rows, responses, prompts), tokens={})
 
     def with_rows(self, at: Sequence[int], other: "Rollout") -> "Rollout":
-        """Return the rollout with the rows of another one at some places."""
+        """Return the rollout with the rows of another one at some places; its metrics stay as they are."""
         scores, finished = self.scores.copy(), self.finished.copy()
         scores[at], finished[at] = other.scores, other.finished
-        tokens = {name: tuple(_replaced(old, other.tokens[name], at)) for name, old in self.tokens.items()}
-        return Rollout(tuple(_replaced(self.rows, other.rows, at)), scores, finished, tokens)
+        group = self.scores.shape[1]
+        return dataclasses.replace(
+            self,
+            rows=tuple(_replaced(self.rows, other.rows, at)),
+            scores=scores,
+            finished=finished,
+            tokens={name: tuple(_replaced(old, other.tokens[name], at)) for name, old in self.tokens.items()},
+            texts=_replaced_texts(self.texts, other.texts, at, group),
+            raw=_replaced_scores(self.raw, other.raw, at, group),
+        )
 
     def with_advantages(self, advantages_PG: Tensor) -> "Rollout":
         """Return the rollout with an advantage of each response as "advantages" of all of its tokens."""
@@ -125,20 +136,20 @@ class Rollout:
         return self.with_tokens(advantages=advantages_PG.flatten().repeat_interleave(lengths_S))
 
 
-def replace_groups(
-    old: tuple[Texts, RawScores], new: tuple[Texts, RawScores], at: Sequence[int], group: int
-) -> tuple[Texts, RawScores]:
-    """Texts and raw scores of a rollout with those of other rows, each with `group` responses, at some places."""
-    (texts, raw), (new_texts, new_raw) = old, new
+def _replaced_texts(old: Texts, new: Texts, at: Sequence[int], group: int) -> Texts:
+    """Return texts with those of other rows, each with `group` responses, at some places."""
     lists: dict[str, Any] = {
-        name: _replaced(getattr(texts, name), getattr(new_texts, name), at, group)
+        name: _replaced(getattr(old, name), getattr(new, name), at, group)
         for name in ("prompts", "responses", "finished", "num_tokens", "completion_ids")
     }
-    columns = {name: _replaced(part, new_texts.columns[name], at, group) for name, part in texts.columns.items()}
-    by_term = {name: _replaced(part, new_raw.by_term[name], at, group) for name, part in raw.by_term.items()}
-    return Texts(**lists, columns=columns), RawScores(
-        _replaced(raw.total, new_raw.total, at, group), by_term, raw.failures
-    )
+    columns = {name: _replaced(part, new.columns[name], at, group) for name, part in old.columns.items()}
+    return Texts(**lists, columns=columns)
+
+
+def _replaced_scores(old: RawScores, new: RawScores, at: Sequence[int], group: int) -> RawScores:
+    """Return raw scores with those of other rows, each with `group` responses, at some places."""
+    by_term = {name: _replaced(part, new.by_term[name], at, group) for name, part in old.by_term.items()}
+    return RawScores(_replaced(old.total, new.total, at, group), by_term, old.failures)
 
 
 def _replaced(old: Sequence[Any], new: Sequence[Any], at: Sequence[int], size: int = 1) -> list[Any]:
@@ -317,9 +328,13 @@ def check_finite(rollout: Rollout, split: str = "training") -> None:
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """Return the metrics of a rollout; KL and entropy are of a response, nats summed over its tokens."""
-    num_responses = rollout.finished.size
+    num_responses, raw = rollout.finished.size, rollout.raw
     logprobs_N, reference_N = rollout.flat("logprobs").double(), rollout.flat("reference").double()
-    return {
+    by_term = raw.by_term if len(raw.by_term) > 1 else {}
+    metrics = {f"objective/scores/{name}": sum(scores) / len(scores) for name, scores in by_term.items()}
+    if raw.failures is not None:
+        metrics[JUDGE_FAILURES] = float(raw.failures)
+    return metrics | {
         "objective/scores": float(rollout.scores.mean()),
         "objective/kl": float((logprobs_N - reference_N).sum() / num_responses),
         "objective/entropy": float(-logprobs_N.sum() / num_responses),
@@ -339,6 +354,13 @@ def kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+class TermModel(NamedTuple):
+    """A reward model, and the encoder of its texts; None if it reads the policy's tokens."""
+
+    model: RewardModel | AdapterValueModel
+    exchange: TextExchange | None = None
+
+
 class RolloutCollector:
     """Makes rollouts: the policy samples, the reward scores, the reference computes its log-probabilities.
 
@@ -348,9 +370,6 @@ class RolloutCollector:
     Attributes:
         token_batches: cuts a rollout into batches whose targets are the responses' tokens.
         last_token_batches: cuts it into batches whose targets are the last tokens.
-        metrics: numbers of the newest rollout, for the log.
-        texts: its text.
-        raw: its scores before normalisation and penalties, by term.
     """
 
     def __init__(
@@ -360,7 +379,7 @@ class RolloutCollector:
         tokenizer: PreTrainedTokenizerBase,
         policy: Policy,
         reference: nn.Module,
-        rewards: "Mapping[str, TermModel]",
+        rewards: Mapping[str, TermModel],
         *,
         packed: bool,
         columns: Collection[str] = ("reference",),
@@ -378,16 +397,14 @@ class RolloutCollector:
         )
         self.token_batches = Batches(fabric, cfg.task, packed=packed, targets="response")
         self.last_token_batches = Batches(fabric, cfg.task, packed=packed, targets="last")
-        self.metrics: dict[str, float] = {}
-        self.texts, self.raw = Texts([], [], [], [], {}), RawScores([], {})
-        self._of_tokens: Tensor | None = None  # rewards of the newest rollout's tokens
 
     def __call__(
         self, prompts: list[Example], number: int, *, group: int | None = None, validates: bool = False
     ) -> Rollout:
-        """All ranks: return the rollout with scores, and "sampled", "logprobs" and "reference" of each token.
+        """All ranks: return the rollout with texts, scores and metrics, and the numbers of each token.
 
-        "sampled" are the sampler's log-probabilities; "logprobs" those at which the ratio of an update is 1.
+        "sampled" are the sampler's log-probabilities, "logprobs" those at which the ratio of an update is 1,
+        "reference" those of the reference, and "rewards", if there are some, what a reward function gives tokens.
 
         Args:
             prompts: rows whose prompts are answered.
@@ -427,13 +444,9 @@ class RolloutCollector:
         texts = decode_rollout(rollout, prompts, self._tokenizer, self._stop, episodes)
         found |= episode_metrics(episodes)
         columns = {name: values for name, values in texts.columns.items() if name in self._columns}
-        self.texts, self.metrics, self._of_tokens = texts._replace(columns=columns), {}, None
-        scores = np.array(self._scores(rollout, validates), dtype=np.float64)
-        rollout = dataclasses.replace(rollout, scores=scores.reshape(rollout.finished.shape))
-        if self._of_tokens is not None:
-            rollout = rollout.with_tokens(rewards=self._of_tokens)
-        self.metrics |= rollout_metrics(rollout) | found
-        return rollout
+        rollout = dataclasses.replace(rollout, texts=texts._replace(columns=columns))
+        rollout = self._with_scores(rollout, validates)
+        return dataclasses.replace(rollout, metrics=rollout_metrics(rollout) | found)
 
     def _sample(
         self, prompts: list[Example], number: int, group: int | None, *, keeps: bool
@@ -495,33 +508,19 @@ class RolloutCollector:
             servers.check(probe.with_tokens(logprobs=self.logprobs(self.policy, probe, "check of servers")).tokens)
         servers.sample_ahead(given, number)
 
-    def _scores(self, rollout: Rollout, validates: bool) -> list[float]:
-        how: dict[str, Any] = {"step_score": getattr(self._cfg.reward, "step_score", "min")}
-        for source, (model, exchange) in self._reward_models.items():
-            if isinstance(model, RewardModel) and exchange is not None:
-                if model.step_separator is not None and how["step_score"] == "each":
-                    raise RewardError("reward.step_score=each needs a reward model with the policy's tokens: give min")
-                encoded = rollout.encoded_by(exchange, self.texts)  # of any length: padded, which every model can read
-                of = (self._fabric, self._cfg.task, model, encoded, exchange.reward)
-                scores_S = predict_scores(*of, packed=False, **how)
-            else:
-                of_tokens = (self._fabric, self._cfg.task, model, rollout, self._tokenizer)
-                scores_S = response_scores(*of_tokens, packed=self._packed, **how)
-            sizes = [len(ids) for ids in self.texts.completion_ids] if len(scores_S) > rollout.scores.size else []
-            self._model_scores[source] = (
-                [part.tolist() for part in scores_S.split(sizes)] if sizes else scores_S.tolist()
-            )
+    def _with_scores(self, rollout: Rollout, validates: bool) -> Rollout:
+        """All ranks: return the rollout with the scores of its texts, and the rewards of tokens if there are some."""
+        self._model_scores = {source: self._scores_by(term, rollout) for source, term in self._reward_models.items()}
         # Rank zero alone calls the user's functions, which may answer the same question differently.
         raw: RawScores | RewardError = RawScores([], {})
         if self._fabric.is_global_zero:
             try:
-                raw = self._reward.raw(self.texts)
+                raw = self._reward.raw(rollout.texts)
             except RewardError as error:
                 raw = error
         raw = self._fabric.broadcast(raw)
         if isinstance(raw, RewardError):  # on all ranks: none waits for the others
             raise raw
-        self.raw = raw
         if raw.of_tokens is not None and isinstance(self._cfg.task, PPOConfig | ReinforcePPConfig):
             if self._cfg.reward.normalize or self._cfg.reward.clip is not None:
                 raise RewardError(
@@ -529,12 +528,27 @@ class RolloutCollector:
                     "whole response: remove them"
                 )
             trained = np.concatenate([mask for row in rollout.rows for mask in row.masks()])
-            self._of_tokens = torch.tensor(list(chain.from_iterable(raw.of_tokens)))[torch.from_numpy(trained)]
-        if len(raw.by_term) > 1:
-            self.metrics = {f"objective/scores/{name}": sum(of) / len(of) for name, of in raw.by_term.items()}
-        if raw.failures is not None:
-            self.metrics[JUDGE_FAILURES] = float(raw.failures)
-        return raw.total if validates else self._reward.shape(raw.total, self.texts)
+            rewards_N = torch.tensor(list(chain.from_iterable(raw.of_tokens)))[torch.from_numpy(trained)]
+            rollout = rollout.with_tokens(rewards=rewards_N)
+        scores = np.array(raw.total if validates else self._reward.shape(raw.total, rollout.texts), dtype=np.float64)
+        return dataclasses.replace(rollout, scores=scores.reshape(rollout.finished.shape), raw=raw)
+
+    def _scores_by(self, term: TermModel, rollout: Rollout) -> list[Any]:
+        """All ranks: return a reward model's score of each response; with `step_score=each`, one of each token."""
+        fabric, task, reward = self._fabric, self._cfg.task, term.model
+        step_score = getattr(self._cfg.reward, "step_score", "min")
+        if isinstance(reward, RewardModel) and term.exchange is not None:
+            if reward.step_separator is not None and step_score == "each":
+                raise RewardError("reward.step_score=each needs a reward model with the policy's tokens: give min")
+            encoded, own = rollout.encoded_by(term.exchange, rollout.texts), term.exchange.reward
+            # Its rows may have any length: they are padded, which every model can read.
+            return predict_scores(fabric, task, reward, encoded, own, packed=False, step_score=step_score).tolist()
+        of = (fabric, task, reward, rollout, self._tokenizer)
+        scores_S = response_scores(*of, packed=self._packed, step_score=step_score)
+        if len(scores_S) == rollout.scores.size:
+            return scores_S.tolist()
+        sizes = [len(ids) for ids in rollout.texts.completion_ids]
+        return [of_response.tolist() for of_response in scores_S.split(sizes)]
 
     def logprobs(
         self,
@@ -576,13 +590,6 @@ class RolloutCollector:
         moments = {name.removeprefix("reward_"): value for name, value in saved.items() if name.startswith("reward_")}
         if moments:
             self._reward.moments = RunningMoments(**moments)
-
-
-class TermModel(NamedTuple):
-    """A reward model, and the encoder of its texts; None if it reads the policy's tokens."""
-
-    model: RewardModel | AdapterValueModel
-    exchange: TextExchange | None = None
 
 
 def predict_scores(

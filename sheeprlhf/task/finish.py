@@ -32,7 +32,6 @@ from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.rundir import mark_finished, same_data
 from sheeprlhf.engine.shard import assemble, data_rank, equal_passes, gathered, is_sharded
 from sheeprlhf.engine.step import LossFn, MicroBatch
-from sheeprlhf.reward.score import RawScores, Texts
 from sheeprlhf.rollout.engines import generate_responses
 from sheeprlhf.rollout.rollout import Rollout, RolloutCollector, distinct_bigrams
 from sheeprlhf.security.json_records import DATA_REPORT, load_json
@@ -231,8 +230,9 @@ def log_samples(
     run.log_text("samples", "\n".join(blocks), step)
 
 
-def sample_table(rollout: Rollout, texts: Texts, num_rows: int) -> str:
+def sample_table(rollout: Rollout, num_rows: int) -> str:
     """Format prompt, response, score and KL of the first rows, and the dataset's own responses if there are any."""
+    texts = rollout.texts
     references = texts.columns.get("reference")
     blocks = []
     for row in range(min(num_rows, len(rollout))):
@@ -251,22 +251,22 @@ def saved_rollouts(num_rollouts: int, count: int) -> set[int]:
     return {index * (num_rollouts - 1) // max(count - 1, 1) for index in range(count)}
 
 
-def write_rollout(run_dir: Path, rollout: Rollout, texts: Texts, raw: RawScores, number: int, step: int) -> Path:
+def write_rollout(run_dir: Path, rollout: Rollout, number: int, step: int) -> Path:
     """Rank zero only: write a rollout (number from 0, steps before it), over one that a killed process wrote."""
     sink = io.BytesIO()
-    pq.write_table(rollout_table(rollout, texts, raw, number, step), sink, row_group_size=_ROWS_PER_GROUP)
+    pq.write_table(rollout_table(rollout, number, step), sink, row_group_size=_ROWS_PER_GROUP)
     return write_file(run_dir, f"{ROLLOUTS}/rollout-{number:06d}.parquet", sink.getvalue())
 
 
-def rollout_table(rollout: Rollout, texts: Texts, raw: RawScores, number: int, step: int) -> pa.Table:
+def rollout_table(rollout: Rollout, number: int, step: int) -> pa.Table:
     """Return a table with a row for each response; arguments as of `write_rollout`."""
     group, responses = rollout.finished.shape[1], [ids for row in rollout.rows for ids in row.responses]
     columns: dict[str, Any] = {
         "rollout": pa.array([number] * len(responses), pa.int64()),
         "step": pa.array([step] * len(responses), pa.int64()),
         "row_id": pa.array([row.row_id for row in rollout.rows for _ in range(group)], pa.int64()),
-        "prompt": texts.prompts,
-        "response": texts.responses,
+        "prompt": rollout.texts.prompts,
+        "response": rollout.texts.responses,
         "prompt_ids": pa.array([row.prompt_ids for row in rollout.rows for _ in range(group)], pa.list_(pa.int32())),
         "response_ids": pa.array(responses, pa.list_(pa.int32())),
         "finished": rollout.finished.reshape(-1),
@@ -274,7 +274,7 @@ def rollout_table(rollout: Rollout, texts: Texts, raw: RawScores, number: int, s
     }
     if any(row.trained is not None for row in rollout.rows):
         columns["trained"] = pa.array([mask for row in rollout.rows for mask in row.masks()], pa.list_(pa.bool_()))
-    columns |= {f"{TERM}{name}": pa.array(scores, pa.float64()) for name, scores in raw.by_term.items()}
+    columns |= {f"{TERM}{name}": pa.array(scores, pa.float64()) for name, scores in rollout.raw.by_term.items()}
     borders = np.cumsum(rollout.response_lengths)[:-1]
     for name in rollout.tokens:
         values = np.split(rollout.flat(name).numpy(), borders)
@@ -338,14 +338,13 @@ class RolloutValidator:
         responses, if every row has one; "distinct_2" is the share of different word pairs among all that were written.
         """
         rollout = self._collect(self._rows.examples(range(self._count)), VALIDATION, group=1, validates=True)
-        result = {name.partition("/")[2]: value for name, value in self._collect.metrics.items()}
+        result = {name.partition("/")[2]: value for name, value in rollout.metrics.items()}
         result["objective"] = result["scores"] - self._task.kl_price() * result["kl"]
-        texts = self._collect.texts
-        result["distinct_2"] = distinct_bigrams(texts.responses)
+        result["distinct_2"] = distinct_bigrams(rollout.texts.responses)
         if not self._rows.unanswered:
             result["perplexity"] = self._collect.perplexity(self._rows, self._count)
         if self._task.num_sample_prompts:
-            self._run.log_text("samples", sample_table(rollout, texts, self._task.num_sample_prompts), step)
+            self._run.log_text("samples", sample_table(rollout, self._task.num_sample_prompts), step)
         self._warn(result)
         return result
 

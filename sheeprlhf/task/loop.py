@@ -388,7 +388,7 @@ class RolloutLoop:
             lr = self.optimizer.param_groups[0]["lr"]
             iteration.log({"time/update": time.perf_counter() - began, "train/lr": lr})
             if number in saved and self.fabric.is_global_zero:
-                write_rollout(run.dir, iteration.rollout, self.collect.texts, self.collect.raw, number, state.step)
+                write_rollout(run.dir, iteration.rollout, number, state.step)
             self._end(iteration, plan)
 
     def _rollouts(self, plan: RolloutPlan, total: int) -> Iterator[tuple[int, RolloutPlan, int]]:
@@ -506,7 +506,7 @@ class Iteration:
     """
 
     def __init__(self, loop: RolloutLoop, number: int, plan: RolloutPlan, rollout: Rollout) -> None:
-        self.number, self.rollout, self.metrics = number, rollout, loop.collect.metrics
+        self.number, self.rollout, self.metrics = number, rollout, rollout.metrics
         self.extra_state: dict[str, Any] = dict(loop.state.extra)
         self._loop, self._plan = loop, plan
         self._values: dict[str, list[float]] = {}

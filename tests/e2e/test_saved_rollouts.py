@@ -93,7 +93,7 @@ def test_a_resumed_run_leaves_the_same_rows_once(
 
     def interrupted(*args: object) -> None:
         write(*args)
-        if args[4] == 1:
+        if args[2] == 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "write_rollout", interrupted)

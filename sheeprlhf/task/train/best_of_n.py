@@ -212,12 +212,12 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             rollout = collect(examples, FIRST[split] + number)
             if state.step == 0 and task.self_check != "off":
                 check_sampler(run, collect, rollout)
-            rows = select_rows(rollout, collect.texts, task.min_score)
+            rows = select_rows(rollout, rollout.texts, task.min_score)
             if fabric.is_global_zero:
                 _write(writer, split, number, rows)
             state.step += 1
             if state.step == 1 and task.num_sample_prompts:
-                shown = sample_text(rollout, collect.texts, task.num_sample_prompts)
+                shown = sample_text(rollout, rollout.texts, task.num_sample_prompts)
                 run.log_text("samples", shown, state.step)
                 run.say(shown)
             stats = selection_stats(rows)
@@ -225,7 +225,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             found = {"best/first": stats.first, "best/scores": stats.best, "best/kept": kept}
             scores = f"score {stats.first:.3f}, best {stats.best:.3f}"
             run.show_progress(state.step, scores, sum(rollout.response_lengths))
-            found |= {name: value for name, value in collect.metrics.items() if name == JUDGE_FAILURES}
+            found |= {name: value for name, value in rollout.metrics.items() if name == JUDGE_FAILURES}
             run.log(found | run.usage(), state.step)
             signum = run.stop_signal()
             if signum in STOP_SIGNALS and state.step < len(todo):

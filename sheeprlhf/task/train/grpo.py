@@ -16,7 +16,7 @@ from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput
 from sheeprlhf.loss.advantage import group_advantages, kl_estimates
 from sheeprlhf.loss.ppo import cispo_losses, policy_losses, ratio_metrics, token_weights, with_mean_ratio
-from sheeprlhf.rollout.rollout import Rollout, replace_groups
+from sheeprlhf.rollout.rollout import Rollout
 from sheeprlhf.structure.rollout import GRPOConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.loop import Iteration, RolloutLoop
@@ -68,18 +68,15 @@ def resample_equal_groups(loop: RolloutLoop, iteration: Iteration, task: GRPOCon
     (DAPO, arXiv 2503.14476, section 3.2.) The scores of the reward are compared, without penalties, which make all
     scores differ. The prompts are a function of the seed, the rollout's number and the round, like the samples.
     """
-    collect, rollout, num_replaced = loop.collect, iteration.rollout, 0
+    rollout, num_replaced = iteration.rollout, 0
     for number in range(1, task.max_resamples + 1):
-        raw_PG = np.array(collect.raw.total).reshape(rollout.scores.shape)
+        raw_PG = np.array(rollout.raw.total).reshape(rollout.scores.shape)
         [equal] = np.nonzero(raw_PG.max(axis=1) == raw_PG.min(axis=1))
         if not len(equal):
             break
         rng = np.random.default_rng([loop.run.cfg.seed, iteration.number, number, len(equal)])
         prompts = rng.choice(len(loop.rows), size=len(equal), replace=False)
-        kept = collect.texts, collect.raw
-        other = collect(loop.rows.examples(prompts.tolist()), iteration.number + (number << 32))
-        new, group = (collect.texts, collect.raw), rollout.scores.shape[1]
-        collect.texts, collect.raw = replace_groups(kept, new, equal.tolist(), group)
+        other = loop.collect(loop.rows.examples(prompts.tolist()), iteration.number + (number << 32))
         rollout, num_replaced = rollout.with_rows(equal.tolist(), other), num_replaced + len(equal)
     iteration.log({"rollout/resampled": num_replaced / len(rollout)})
     return rollout

@@ -177,21 +177,19 @@ def test_references_are_given_where_every_row_of_the_run_has_one(model_folder: M
     setting = make_setting(model_folder(), FunctionRewardConfig(path="tests.support.rewards:spread"))
     answered = prompts()
     alone = [row._replace(responses=()) for row in answered]
-    tokens = [setting.collect(rows, 0).flat("logprobs") for rows in (answered, alone, [*alone[:1], *answered[1:]])]
-    assert setting.collect.texts.columns == {}
+    rollouts = [setting.collect(rows, 0) for rows in (answered, alone, [*alone[:1], *answered[1:]])]
+    assert [rollout.texts.columns for rollout in rollouts] == [{"reference": ["b"] * 6}, {}, {}]
+    tokens = [rollout.flat("logprobs") for rollout in rollouts]
     assert all(found.equal(tokens[0]) for found in tokens)  # what is sampled does not depend on it
-    setting.collect(answered, 0)
-    assert setting.collect.texts.columns == {"reference": ["b"] * 6}
-    for_all = make_setting(setting.folder, setting.cfg.reward, columns=()).collect
-    rollout = for_all(answered, 0)
-    assert for_all.texts.columns == {}
-    assert "[reference]" not in sample_table(rollout, for_all.texts, 2)
+    rollout = make_setting(setting.folder, setting.cfg.reward, columns=()).collect(answered, 0)
+    assert rollout.texts.columns == {}
+    assert "[reference]" not in sample_table(rollout, 2)
 
 
 def test_what_people_read(model_folder: ModelFolder) -> None:
     setting = make_setting(model_folder(), FunctionRewardConfig(path="tests.support.rewards:spread"))
     rollout = setting.collect(prompts(), 0, group=1, validates=True)
-    table = sample_table(rollout, setting.collect.texts, 2)
+    table = sample_table(rollout, 2)
     assert table.count("[prompt]") == 2
     assert f"score {rollout.scores[0, 0]:.3f}, KL 0.00" in table.replace("-0.00", "0.00")
     assert table.count("[reference]\nb") == 2

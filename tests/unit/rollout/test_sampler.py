@@ -398,7 +398,7 @@ def test_tokens_stay_and_the_text_is_cut(model_folder: ModelFolder) -> None:
     setting = make_setting(model_folder(), reward, GenConfig(max_new_tokens=6, temperature=0.7, stop_strings=[string]))
     stopped = setting.collect(prompts(), 0)
     assert min(map(len, (ids for row in stopped.rows for ids in row.responses))) < 6 and not stopped.finished.all()
-    texts, scores = iter(setting.collect.texts.responses), iter(stopped.scores.reshape(-1))
+    texts, scores = iter(stopped.texts.responses), iter(stopped.scores.reshape(-1))
     for row, other, finished_K in zip(stopped.rows, plain.rows, stopped.finished, strict=True):
         for ids, whole, finished in zip(row.responses, other.responses, finished_K, strict=True):
             ends = [n for n in range(1, len(whole) + 1) if string in decode(whole[:n].tolist()) or whole[n - 1] == EOS]
@@ -410,5 +410,5 @@ def test_tokens_stay_and_the_text_is_cut(model_folder: ModelFolder) -> None:
             assert next(scores) == pytest.approx(score - (0.0 if ends else 7.0))
     assert stopped.tokens["logprobs"][0].shape == (sum(map(len, stopped.rows[0].responses)),)
     np.testing.assert_allclose(stopped.tokens["reference"][0], stopped.tokens["logprobs"][0], atol=1e-5)
-    shown = sample_table(setting.collect(prompts(), 0, group=1, validates=True), setting.collect.texts, 3)
+    shown = sample_table(setting.collect(prompts(), 0, group=1, validates=True), 3)
     assert string not in "".join(part.split("\n", 1)[1].split("[reference]")[0] for part in shown.split("[model]")[1:])

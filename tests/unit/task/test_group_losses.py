@@ -267,9 +267,9 @@ class Resampled:
         self.asked.append((number, [example.row_id for example in examples]))
         scores_PG = self.later.pop(0)
         texts = [f"{number >> 32}-{example.row_id}" for example in examples for _ in range(2)]
-        self.texts = Texts(texts, texts, [True] * len(texts), [1] * len(texts), {"answer": texts})
-        self.raw = RawScores(scores_PG.flatten().tolist(), {"a": scores_PG.flatten().tolist()})
-        rollout = Rollout(tuple(examples), scores_PG - 0.5, scores_PG > 0, {})
+        decoded = Texts(texts, texts, [True] * len(texts), [1] * len(texts), {"answer": texts})
+        raw = RawScores(scores_PG.flatten().tolist(), {"a": scores_PG.flatten().tolist()})
+        rollout = Rollout(tuple(examples), scores_PG - 0.5, scores_PG > 0, {}, decoded, raw)
         return rollout.with_tokens(logprobs=torch.full((sum(rollout.response_lengths),), float(number >> 32)))
 
 
@@ -287,9 +287,9 @@ def test_prompts_whose_scores_are_equal_are_replaced() -> None:
     assert found.scores.tolist() == [[6.5, 6.5], [-0.5, 1.5], [3.5, 0.5]]
     assert found.finished.tolist() == [[True, True], [False, True], [True, True]]
     assert [values[0] for values in found.tokens["logprobs"]] == [2.0, 0.0, 1.0]
-    assert collect.texts.responses[::2] == [f"2-{second[0]}", f"0-{EXAMPLES[1].row_id}", f"1-{first[1]}"]
-    assert collect.texts.columns["answer"] == collect.texts.prompts == collect.texts.responses
-    assert collect.raw.total == collect.raw.by_term["a"] == [7.0, 7.0, 0.0, 2.0, 4.0, 1.0]
+    assert found.texts.responses[::2] == [f"2-{second[0]}", f"0-{EXAMPLES[1].row_id}", f"1-{first[1]}"]
+    assert found.texts.columns["answer"] == found.texts.prompts == found.texts.responses
+    assert found.raw.total == found.raw.by_term["a"] == [7.0, 7.0, 0.0, 2.0, 4.0, 1.0]
     assert logged == {"rollout/resampled": 1.0}
 
 

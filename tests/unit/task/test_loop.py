@@ -42,7 +42,6 @@ def make_iteration(task: OnlineTaskConfig, number: int, metrics: list[dict[str, 
         run=SimpleNamespace(cfg=cfg),
         module="policy",
         optimizer=SimpleNamespace(param_groups=[{"peak_lr": 1.0, "lr": 0.0}]),
-        collect=SimpleNamespace(metrics={}),
         state=SimpleNamespace(extra={}),
         update=update,
     )

@@ -196,7 +196,7 @@ def test_a_rollout_is_finished_by_the_templates_token(model_folder: ModelFolder,
     )
     with certain_at(setting.policy.causal_lm(), 3, END):
         rollout = setting.collect(prompts(), 0)
-    assert rollout.finished.all() and setting.collect.texts.num_tokens == [2] * 6
+    assert rollout.finished.all() and rollout.texts.num_tokens == [2] * 6
     assert {int(ids[-1]) for row in rollout.rows for ids in row.responses} == {END}
 
 
