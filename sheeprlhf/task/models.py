@@ -254,7 +254,19 @@ def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int
     policy.exclude_undefined(tokenizer)
     if not isinstance(task, BestOfNConfig):  # it learns nothing
         configured_router_loss(policy.causal_lm(), task.config_name, run.say)
-    rewards: dict[str, TermModel] = {}
+    rewards, rewards_packed = _load_rewards(run, tokenizer, policy, longest=longest, data=data)
+    critic = _make_critic(run, tokenizer, policy, rewards) if isinstance(task, PPOConfig) else None
+    teacher, teacher_packed = None, True
+    if isinstance(task, DistillConfig):
+        teacher, teacher_packed = _load_teacher(str(task.teacher), tokenizer, how)
+    return RLModels(policy, critic, rewards, packed and rewards_packed and teacher_packed, teacher)
+
+
+def _load_rewards(
+    run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, *, longest: int, data: PreparedData
+) -> tuple[dict[str, TermModel], bool]:
+    """Load the frozen reward models by their terms, and tell whether batches in the policy's tokens are packed."""
+    cfg, rewards, packed = run.cfg, {}, True
     for term in model_sources(cfg.reward, cfg.data.rule_reward):
         own, exchange = load_reward_tokenizer(cfg, term), None
         reward: RewardModel | AdapterValueModel
@@ -270,19 +282,7 @@ def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int
             packed = packed and reward_packed
         reward.requires_grad_(False) if isinstance(reward, RewardModel) else reward.head.requires_grad_(False)
         rewards[term] = TermModel(reward.eval(), exchange)
-    critic = None
-    if isinstance(task, PPOConfig):
-        first = next(iter(rewards.values()), None)
-        fits = first is not None and len(rewards) == 1 and has_same_tokens(load_reward_tokenizer(cfg, term), tokenizer)
-        if rewards and not fits and task.init_critic_with_reward and not task.share_trunk:
-            why = "there are several reward models" if len(rewards) > 1 else "the reward model has another tokenizer"
-            run.say(f"the critic begins as the policy with a new head: {why}")
-        critic = _make_critic(run, tokenizer, policy, first.model if first is not None and fits else None)
-    teacher = None
-    if isinstance(task, DistillConfig):
-        teacher, teacher_packed = _load_teacher(str(task.teacher), tokenizer, how)
-        packed = packed and teacher_packed
-    return RLModels(policy, critic, rewards, packed, teacher)
+    return rewards, packed
 
 
 def _load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, how: LoadOptions) -> tuple[Policy, bool]:
@@ -307,7 +307,7 @@ def teacher_config(name: str) -> ModelConfig:
 
 
 def _make_critic(
-    run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, reward: RewardModel | AdapterValueModel | None
+    run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, rewards: Mapping[str, TermModel]
 ) -> RewardModel | AdapterValueModel:
     """Make the critic: the policy itself if asked, else of the reward model if asked and possible, else a new head.
 
@@ -317,16 +317,23 @@ def _make_critic(
     assert isinstance(task, PPOConfig)
     if task.share_trunk:
         return _share_trunk(policy, tokenizer)
-    of_reward = reward is not None and task.init_critic_with_reward
+    reward = None
+    if task.init_critic_with_reward and rewards:
+        first, *others = rewards
+        if others or not has_same_tokens(load_reward_tokenizer(cfg, first), tokenizer):
+            why = "there are several reward models" if others else "the reward model has another tokenizer"
+            run.say(f"the critic begins as the policy with a new head: {why}")
+        else:
+            reward = rewards[first].model
     if not isinstance(policy.model, PeftModel):
-        if isinstance(reward, RewardModel) and of_reward:
+        if isinstance(reward, RewardModel):
             critic = copy.deepcopy(reward).train()
             critic.requires_grad_(True)
             return critic
         return reward_model_of(copy.deepcopy(policy), cfg.model, tokenizer)
     model, base = policy.model, policy.causal_lm()
     head = cast(nn.Linear, getattr(scalar_model(base, tokenizer), HEAD))
-    if isinstance(reward, AdapterValueModel) and of_reward:
+    if isinstance(reward, AdapterValueModel):
         add_second_adapter(model, CRITIC, cast(LoraConfig, model.peft_config[REWARD]), trains=True)
         copy_adapter(model, REWARD, CRITIC)
         head.load_state_dict(reward.head.state_dict())
