@@ -147,7 +147,7 @@ def main() -> None:
 
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
     collect.logprobs = timed("ref", collect.logprobs)  # type: ignore[method-assign]
-    collect.scores_of = timed("value_reward", collect.scores_of)  # type: ignore[method-assign]
+    collect.values_of = timed("value_reward", collect.values_of)  # type: ignore[method-assign]
     per_rollout = args.batch // group
     for k in range(args.warmup + args.updates):
         if k == args.warmup:
@@ -155,7 +155,7 @@ def main() -> None:
         began = time.time()
         rollout = collect(prompts[k * per_rollout : (k + 1) * per_rollout], k)
         if critic:
-            rollout = rollout.with_tokens(values=collect.scores_of(critic, rollout, "values"))
+            rollout = rollout.with_tokens(values=collect.values_of(critic, rollout))
         sampled = time.time()
         if critic:
             rollout = with_advantages(rollout, task, 0.05, None)

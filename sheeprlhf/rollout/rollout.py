@@ -568,13 +568,11 @@ class RolloutCollector:
         read = module if isinstance(module, Policy) else self.policy
         return predict_targets(self._fabric, read, call, self.token_batches, rows, label, num_rows)
 
-    def scores_of(
-        self, model: RewardModel | AdapterValueModel, rollout: Rollout, label: str, *, at_end: bool = False
-    ) -> Tensor:
-        """All ranks: (N,) scores of a model with a score head before each token; at the end: (S,) after the last."""
+    def values_of(self, critic: RewardModel | AdapterValueModel, rollout: Rollout, *, at_end: bool = False) -> Tensor:
+        """All ranks: (N,) the critic's values before each token; at the end: (S,) after the last of each response."""
         batches = self.last_token_batches if at_end else self.token_batches
-        with model.in_use():
-            return predict_targets(self._fabric, model, model, batches, rollout, label)
+        with critic.in_use():
+            return predict_targets(self._fabric, critic, critic, batches, rollout, "values")
 
     def perplexity(self, rows: Rows, num_rows: int) -> float:
         """All ranks: return the policy's perplexity on the dataset's own responses in the first rows."""

@@ -131,11 +131,11 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
 
         for iteration in loop:
             rollout, kl_coeff = iteration.rollout, iteration.extra_state.get("kl_coeff", task.init_kl_coeff)
-            values_N = loop.collect.scores_of(critic, rollout, "values")
+            values_N = loop.collect.values_of(critic, rollout)
             rollout = rollout.with_tokens(values=values_N)
             last_values_S = None
             if task.bootstrap_truncated:
-                last_values_S = loop.collect.scores_of(critic, rollout, "values", at_end=True)
+                last_values_S = loop.collect.values_of(critic, rollout, at_end=True)
                 last_values_S[torch.from_numpy(rollout.finished.flatten())] = 0.0
             rollout = with_advantages(rollout, task, kl_coeff, last_values_S)
 
