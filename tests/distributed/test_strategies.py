@@ -31,22 +31,32 @@ FOUR = ("fabric.strategy=fsdp2", "fabric.devices=4")
 TENSOR = "fabric.tensor_parallel=2"
 SPREAD = "reward.path=tests.support.rewards:spread"
 ONE_ROW = ("task.micro_batch_size=1",)  # ranks have different numbers of forward passes
+SAVED = ("task.save_interval=2",)
 EVERYTHING = ("task.share_trunk=true", "task.ptx_coeff=0.5", "task.ptx_batch_size=3", "task.ema_decay=0.8")
 
 
 class Case(NamedTuple):
-    """A task, options of both runs, those of the run on several processes, its reward run, and the tolerance."""
+    """A task, options of both runs, those of the run on several processes, its reward run, and the tolerance.
+
+    With `resumed`, several processes go on from that step of one process, or of the case `source` on several.
+    """
 
     task: str
     words: tuple[str, ...] = ()
     own: tuple[str, ...] = FSDP2
     reward: str = ""
     tolerance: float = 1e-5
-    resumed: int = 0  # the step of one process at which several go on
+    resumed: int = 0
+    source: str = ""
+
+    def num_ranks(self) -> int:
+        """Processes of its run on several."""
+        return next((int(word.partition("=")[2]) for word in self.own if word.startswith("fabric.devices=")), 1)
 
 
 CASES = {
     "sft": Case("sft", own=(*FSDP2, *ONE_ROW)),
+    "sft lora": Case("sft", LORA),
     "rm": Case("rm", own=(*FSDP2, *ONE_ROW)),
     "rm lora": Case("rm", LORA),
     "dpo": Case("dpo", own=(*FSDP2, *ONE_ROW)),
@@ -64,7 +74,10 @@ CASES = {
     "ppo tensor": Case("ppo", own=(*FSDP2, TENSOR), reward="rm"),
     "dpo tensor offload": Case("dpo", own=(*FSDP2, TENSOR, "fabric.offload=cpu")),
     "dpo tensor bf16": Case("dpo", own=(*FSDP2, TENSOR, "fabric.precision=bf16-mixed"), tolerance=0.05),
-    "sft tensor resumed": Case("sft", ("task.save_interval=2",), (*FSDP2, TENSOR, "resume=true"), resumed=2),
+    "sft tensor resumed": Case("sft", SAVED, (*FSDP2, TENSOR, "resume=true"), resumed=2),
+    "sft saved": Case("sft", SAVED),
+    "sft by two then four": Case("sft", SAVED, own=(*FOUR, "resume=true"), resumed=2, source="sft saved"),
+    "sft by two then one": Case("sft", SAVED, own=("resume=true",), resumed=2, source="sft saved"),
     "sft tensor 2x2": Case("sft", own=(*FOUR, TENSOR, *ONE_ROW)),
     "rm tensor 2x2": Case("rm", own=(*FOUR, TENSOR)),
     "dpo tensor 2x2": Case("dpo", own=(*FOUR, TENSOR)),
@@ -91,9 +104,12 @@ CASES = {
     "grpo": Case("grpo", own=(*FSDP2, *ONE_ROW)),
     "grpo lora": Case("grpo", LORA, reward="rm lora"),
     "rloo": Case("rloo", reward="rm"),
+    "rloo lora": Case("rloo", LORA, reward="rm lora"),
     "reinforce_pp": Case("reinforce_pp"),
     "online_dpo": Case("online_dpo"),
+    "online_dpo lora": Case("online_dpo", LORA),
     "best_of_n": Case("best_of_n", reward="rm"),
+    "best_of_n lora": Case("best_of_n", LORA, reward="rm lora"),
     "distill": Case("distill"),
     "ilql ddp": Case("ilql", own=DDP),
     "ilql": Case("ilql", own=(*FSDP2, *ONE_ROW)),
@@ -110,14 +126,17 @@ CASES = {
 SAMPLED = "task=generate generation.max_new_tokens=6 generation.do_sample=true generation.top_p=0.9"
 EVALUATIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {  # of the run of a case
     "perplexity": ("sft", "task=perplexity", FSDP2),
-    "rouge": ("sft", "task=rouge generation.max_new_tokens=24 task.mini_batch_size=4", DDP),
+    "rouge": ("sft", "task=rouge generation.max_new_tokens=24 task.mini_batch_size=4", FSDP2),
     "generate": ("sft", f"{SAMPLED} task.num_samples=1", FSDP2),  # a process without a row
     "preference of a reward model": ("rm", "task=preference", FSDP2),
+    "steps": ("prm", "task=steps", FSDP2),
     "preference of adapters": ("dpo lora", "task=preference", FSDP2),
-    "reward": ("dpo lora", "task=reward generation.max_new_tokens=6 reward=model task.against=start", DDP),
+    "reward": ("dpo lora", "task=reward generation.max_new_tokens=6 reward=model task.against=start", FSDP2),
     "frontier": ("grpo", f"task=frontier generation.max_new_tokens=6 task.best_of=2 reward=function {SPREAD}", FSDP2),
 }
-EVALUATIONS |= {f"{name} tensor": (*found[:2], (*FSDP2, TENSOR)) for name, found in EVALUATIONS.items()}
+EVALUATIONS |= {f"{name} tensor": (*found[:2], (*FSDP2, TENSOR)) for name, found in EVALUATIONS.items()} | {
+    f"{name} ddp": (*EVALUATIONS[name][:2], DDP) for name in ("rouge", "reward")
+}
 IN_CI = ("sft", "sft tensor", "dpo lora", "perplexity", "generate")
 # The last step of a task with a dataset has a single row, so that one of two processes has none.
 LENGTH = {
@@ -185,6 +204,7 @@ def folder_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         if group not in done:
             done[group] = folder = tmp_path_factory.mktemp("strategies")
             names = [one for one in (*CASES, *EVALUATIONS) if one in selected and (one in IN_CI) is group]
+            names += {CASES[one].source for one in names if one in CASES} - {"", *names}
             make_model_folder(folder / "model", "llama")
             make_model_folder(folder / "teacher", "qwen3")
             for task in {case.task for case in CASES.values()}:
@@ -192,17 +212,18 @@ def folder_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
                 WRITERS.get(task, write_rows)(folder / f"{task}.jsonl", rows)
             needed = {CASES[one].reward for one in names if one in CASES}
             needed |= {EVALUATIONS[one][0] for one in names if one in EVALUATIONS}
-            needed |= {"rm lora"} if {"reward", "reward tensor"} & {*names} else set()
+            needed |= {"rm lora"} if any(one.startswith("reward") for one in names) else set()
             for one in (one for one in CASES if one in names or one in needed):
                 run(words_of(one, folder, folder / "one" / one))
             for one in (one for one in names if one in EVALUATIONS):
                 for place in ("two", "evaluated"):
                     shutil.copytree(folder / "one" / EVALUATIONS[one][0], folder / place / one)
                 run(words_of(one, folder, folder / "evaluated" / one))
-            for one in (one for one in CASES if one in names and CASES[one].resumed):
-                killed(shutil.copytree(folder / "one" / one, folder / "two" / one), CASES[one].resumed)
-            on_four = [one for one in names if one in CASES and CASES[one].own[:2] == FOUR]
-            for ranks, some in ((2, [one for one in names if one not in on_four]), (4, on_four)):
+            for ranks in (2, 4, 1):
+                some = [one for one in names if (CASES[one].num_ranks() if one in CASES else 2) == ranks]
+                for one in (one for one in some if one in CASES and CASES[one].resumed):
+                    saved = folder / "two" / CASES[one].source if CASES[one].source else folder / "one" / one
+                    killed(shutil.copytree(saved, folder / "two" / one), CASES[one].resumed)
                 if some:
                     on_ranks(ranks, run_all, folder, some, timeout=3600)
         return done[group]
