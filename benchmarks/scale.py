@@ -7,7 +7,8 @@ scaling those of a step. The split of a step comes from a second measurement in 
 barrier and is waited for: `wait` is the time in barriers, that is for slower ranks; `gather` and `reduce` are in
 collectives; `compute` is the rest. `rows`: tokens a second of one process. `data`: `benchmarks/prepare_rows.py`.
 `memory`: the largest memory of a process beyond that after the imports, of each phase. `startup`: reading a model's
-weights. `--quick` measures little, to see that everything runs.
+weights. `--quick` measures little, to see that everything runs. The first line has the load of the machine before and
+the last one after the measurement: seconds are meaningful if it was idle, CPU seconds otherwise too.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -354,12 +356,13 @@ def of_memory(quick: bool) -> None:
         split += [(4, {"strategy": "fsdp2"})]
         split += [(ranks, {"strategy": "fsdp2", "tensor_parallel": 2}) for ranks in (2, 4)]
     with tempfile.TemporaryDirectory() as folder:
-        print(f"\n{save_llama(folder, *shape):,} parameters")
-        lines = []
+        parameters, lines = f"{save_llama(folder, *shape) / 1e6:.1f}M", []
         for ranks, options in [(1, {}), *split]:
             peaks = zip(*launch(ranks, options, measure_memory, folder, ranks > 1), strict=True)
-            lines.append([" ".join(map(str, options.values())) or "none", ranks, *(max(phase) for phase in peaks)])
-    table("Memory", ["strategy", "ranks", "load and shard", "a step", "held after it", "save a checkpoint"], lines)
+            strategy = " ".join(map(str, options.values())) or "none"
+            lines.append([parameters, strategy, ranks, *(max(phase) for phase in peaks)])
+    phases = ["load and shard", "a step", "held after it", "save a checkpoint"]
+    table("Memory", ["parameters", "strategy", "ranks", *phases], lines)
 
 
 def of_startup(quick: bool) -> None:
@@ -379,6 +382,12 @@ def of_startup(quick: bool) -> None:
     table("Start-up", ["parameters", "seconds", "CPU seconds", "MB/s"], lines)
 
 
+def load() -> str:
+    """Processes that wanted a processor in the last minute and in the last 15 minutes, and how many processors."""
+    minute, _, quarter = os.getloadavg()
+    return f"load {minute:.1f} in the last minute, {quarter:.1f} in the last 15, of {os.cpu_count()} cores"
+
+
 TABLES = {"ranks": of_ranks, "rows": of_rows, "data": of_data, "memory": of_memory, "startup": of_startup}
 
 
@@ -388,8 +397,11 @@ def main() -> None:
     parser.add_argument("tables", nargs="*", choices=[*TABLES, []])
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
+    started = time.perf_counter()
+    print(f"{time.strftime('%Y-%m-%d')}, torch {version('torch')}; {load()}", flush=True)
     for name in args.tables or TABLES:
         TABLES[name](args.quick)
+    print(f"\n{time.perf_counter() - started:.0f} s; {load()}")
 
 
 if __name__ == "__main__":

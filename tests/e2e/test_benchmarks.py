@@ -92,6 +92,8 @@ def test_quick_tables() -> None:
     command = [sys.executable, "benchmarks/scale.py", "--quick"]
     output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     tables = {}
+    output, _, end = output.rpartition("\n\n")
+    assert output.count(" cores\n") == 1 and re.fullmatch(r"\d+ s; load .* cores\n", end)  # before and after
     for text in output.split("\n### ")[1:]:
         title, header, _, *lines = text.strip().splitlines()
         names = [name.strip() for name in header.strip("|").split("|")]
