@@ -133,14 +133,17 @@ def _guarded(action: Callable[[], int], debug: bool, messages: list[str] | None 
             of_all = isinstance(error, ConfigError) and not begun and local_rank() > 0  # the first of a machine tells
             if of_all or isinstance(error, LauncherError):
                 return error.exit_code if isinstance(error, SheepError) else 1
+        from sheeprlhf.security.redaction import plain_text, redact_text
+
         if debug:
-            from sheeprlhf.security.redaction import plain_text, redact_text
-
             print(plain_text(redact_text(traceback.format_exc())), file=sys.stderr)
-        from sheeprlhf.apps.terminal import print_error
-
         message = _message(error, debug)
-        print_error(message)
+        if sys.stderr.isatty() or "FORCE_COLOR" in os.environ:
+            from sheeprlhf.apps.terminal import print_error  # imports rich, for colours
+
+            print_error(message)
+        else:
+            print(plain_text(message), file=sys.stderr)
         if messages is not None:
             messages.append(message)
         return error.exit_code if isinstance(error, SheepError) else 1

@@ -2,7 +2,7 @@
 
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from itertools import repeat
+from itertools import groupby, repeat
 from typing import Any
 
 import yaml
@@ -212,7 +212,7 @@ def _print_rows(screen: Screen, rows: Sequence[Option], notes: Iterable[str] = r
 
     A note says where an option is found, or what it is otherwise.
     """
-    meanings = [_meaning(option) for option in rows]
+    meanings, lines = [_meaning(option) for option in rows], list[Text]()
     for option, note, meaning, next_meaning in zip(rows, notes, meanings, [*meanings[1:], None], strict=False):
         must = option.value == "???"
         value = ("must be given", "odd") if must else (shown(option.value) or '""', "value")
@@ -220,9 +220,8 @@ def _print_rows(screen: Screen, rows: Sequence[Option], notes: Iterable[str] = r
         parts = [(option.key, "name"), "  " if must else "=", value, f" {unit}" * bool(unit), (f"  {note}", "faint")]
         line = Text.assemble("  ", *parts)
         line.rstrip()
-        screen.print(line)
-        if meaning != next_meaning:
-            screen.print(meaning[1])
+        lines += [line] if meaning == next_meaning else [line, meaning[1]]
+    screen.print(*lines, sep="\n")
 
 
 def _meaning(option: Option) -> tuple[str, Text]:
@@ -352,17 +351,23 @@ def print_verb_help(verb: str, overrides: list[str], config_dir: str | None) -> 
 
 
 def _print_options(screen: Screen, verb: str, config: Any) -> None:
-    part = ""
-    for option in options(config):
-        if option.key == "task" and option.value == "???":
-            for name, cls in choices("task", verb).items():
-                screen.print(f"\n  with task={name}:", style="faint")
-                _print_rows(screen, [inner for inner in options(cls(), "task.") if _is_option(inner)])
-        elif _is_option(option) and option.key != "experiment":
-            before, part = part, option.key.rpartition(".")[0].partition(".")[0]
-            if before != part:
-                screen.print()
-            _print_rows(screen, [option])
+    rows = [option for option in options(config) if _is_option(option) and option.key != "experiment"]
+    if any(option.key == "task" for option in rows):  # it must be given
+        for name, cls in choices("task", verb).items():
+            screen.print(f"\n  with task={name}:", style="faint")
+            _print_rows(screen, [inner for inner in options(cls(), "task.") if _is_option(inner)])
+    before = ""
+    for part, found in groupby((option for option in rows if option.key != "task"), _part_of):
+        if part != before:
+            screen.print()
+        _print_rows(screen, list(found))
+        before = part
+
+
+def _part_of(option: Option) -> str:
+    """The first part of a key with several: "model" of model.lora_cfg.rank, "" of seed."""
+    first, dot, _ = option.key.partition(".")
+    return first if dot else ""
 
 
 def _is_option(option: Option) -> bool:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra import compose, version
+from hydra import version
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
@@ -19,6 +20,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -46,7 +48,7 @@ from sheeprlhf.config.run_lookup import (
     resolve_runs,
     saved_group,
 )
-from sheeprlhf.config.untrusted_config import check_sources, content_problems
+from sheeprlhf.config.untrusted_config import CheckedFolder, check_sources, content_problems
 from sheeprlhf.config.validate import validate
 from sheeprlhf.structure.run import EvalConfig, RootConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError
@@ -119,13 +121,11 @@ def compose_for_help(source: Source, overrides: list[str]) -> tuple[DictConfig, 
     parsed, problems = readable(overrides)
     with _hydra(source):
         chosen = pick_groups(source.verb, parsed, _group_options(source.verb))
-        config, stand_ins = _compose_base(source, chosen, _words(chosen.groups))
+        config = _compose_base(source, chosen, _words(chosen.groups))
     if problems or chosen.problems:
         raise ConfigError(*problems, *chosen.problems)
     with open_dict(config):
         del config["hydra"]
-        if stand_ins:
-            config.task = "???"
     return config, chosen.available
 
 
@@ -208,7 +208,7 @@ def _hydra(source: Source) -> Iterator[None]:
 
 
 def _group_options(verb: str, *, only_own_recipes: bool = True) -> dict[str, list[str]]:
-    """The choices of every group, classes and files, without those of other verbs; to tell recipes, all are read."""
+    """The choices of every group, classes and files, without those of other verbs."""
     loader: Any = GlobalHydra.instance().config_loader()
     files = loader.repository  # the loader's own method copies all of it for every group
     hidden = {SAVED_CHOICE, *choices("task")} - set(choices("task", verb))
@@ -218,9 +218,18 @@ def _group_options(verb: str, *, only_own_recipes: bool = True) -> dict[str, lis
         names = files.get_group_options(group, ObjectType.CONFIG)
         found[group] = [name for name in names if name not in (hidden if group == "task" else {SAVED_CHOICE})]
     if "experiment" in found and only_own_recipes:
-        of_pipeline = verb == "pipeline"
-        found["experiment"] = [n for n in found["experiment"] if (recipe_owner(n) == "pipeline") == of_pipeline]
+        found["experiment"] = [n for n in found["experiment"] if _is_of_pipeline(files, n) == (verb == "pipeline")]
     return found
+
+
+def _is_of_pipeline(files: ConfigRepository, recipe: str) -> bool:
+    """True if a recipe has stages. Files without that word are not parsed: it would take a tenth of a second."""
+    path = f"experiment/{recipe}"
+    source = next(source for source in files.get_sources() if source.is_config(path))
+    with contextlib.suppress(ConfigError):  # reported when the recipe is chosen
+        if isinstance(source, CheckedFolder) and not re.search(r"\bstages\b['\"]?\s*:", source.text(path)):
+            return False
+    return recipe_owner(recipe) == "pipeline"
 
 
 def _words(overrides: list[Override]) -> list[str]:
@@ -247,8 +256,7 @@ def _compose_job(source: Source, parsed: list[Override], complete: bool) -> Job 
     problems = chosen.problems
     try:
         saved = saved_overrides(source.verb, parsed)
-        base, without = _compose_base(source, chosen, _words(chosen.groups) + saved)
-        problems += without
+        base = _compose_base(source, chosen, _words(chosen.groups) + saved)
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from error
     hydra = base.hydra
@@ -259,6 +267,7 @@ def _compose_job(source: Source, parsed: list[Override], complete: bool) -> Job 
     outside = content_problems(base, parsed)
     if outside:  # before any value is read, and with it what it refers to
         raise ConfigError(*problems, *outside)
+    problems += _fill_missing_groups(base, source.verb, chosen)
     settled = {word.partition("=")[0] for word in saved}
     for override in chosen.values:
         problem = key_problem(source.verb, override, base, chosen) if override.key_or_group not in settled else None
@@ -298,27 +307,27 @@ def _given_dir(base: DictConfig, hydra: DictConfig) -> str | None:
     return None if given == "." else given
 
 
-def _compose_base(source: Source, chosen: Chosen, words: list[str]) -> tuple[DictConfig, list[str]]:
-    """The configuration of the chosen groups; placeholders, and problems, for missing ones. Raises ConfigError."""
-    problems: list[str] = []
-    words = [*words, *_words(chosen.hydra)]
-    while True:
-        try:
-            base = compose(source.name(), words, return_hydra_config=True)
-            break
-        except ConfigError:
-            raise
-        except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            unset = re.match(r"You must specify '(\w+)'", lines[0]) if lines else None
-            if unset is None or len(problems) > len(ROOTS):
-                raise ConfigError(condensed(lines, source.verb)) from error
-            group = unset[1]
-            names = chosen.available[group]
-            if not {group, "experiment"} & chosen.failed:  # a recipe may choose the group
-                problems.append(f"{group} is missing: give {group}=<name>; it may be {', '.join(names)}")
-            words.append(f"{group}={names[0]}")
+def _compose_base(source: Source, chosen: Chosen, words: list[str]) -> DictConfig:
+    """The configuration of the chosen groups, in which others may be missing. Raises ConfigError."""
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    try:  # as for a sweep, whose jobs choose the missing groups
+        base = hydra.compose_config(source.name(), [*words, *_words(chosen.hydra)], RunMode.MULTIRUN, from_shell=False)
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(condensed(lines, source.verb)) from error
     if OmegaConf.get_type(base) is not ROOTS[source.verb]:  # nothing would check its keys
         advice = f"begin its defaults with - {source.verb}_schema, as configs/{source.verb}.yaml does"
         raise ConfigError(f"--config-name={source.name()} has no options of `{source.verb}`: {advice}")
-    return base, problems
+    return base
+
+
+def _fill_missing_groups(base: DictConfig, verb: str, chosen: Chosen) -> Iterator[str]:
+    """Yield a problem for each group without a choice, and choose its first, so that all options can be checked."""
+    for group in groups(verb):
+        if OmegaConf.is_missing(base, group):
+            if not {group, "experiment"} & chosen.failed:  # a recipe may choose the group
+                yield f"{group} is missing: give {group}=<name>; it may be {', '.join(chosen.available[group])}"
+            base[group] = OmegaConf.structured(next(iter(choices(group, verb).values())))

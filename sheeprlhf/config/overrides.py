@@ -1,7 +1,6 @@
 """Write overrides for messages, check those of the command line, find options by a name or a mistyped one."""
 
 import contextlib
-import dataclasses
 import re
 import shlex
 import typing
@@ -26,6 +25,7 @@ from sheeprlhf.config.registry import (
     groups,
     options,
     twice_given,
+    type_hints,
     unwrap_optional,
 )
 from sheeprlhf.security.redaction import is_secret_name, is_secret_value
@@ -69,11 +69,11 @@ def readable(words: list[str]) -> tuple[list[Override], list[str]]:
 
 def _is_option(key: str) -> bool:
     """True if some configuration has this key: an option of this program is not a credential."""
-    return key.endswith(".config_name") or any(entry.option.key == key for entry in catalogue())
+    return key.endswith(".config_name") or any(entries_of(key))
 
 
 def _is_list_of_texts(key: str) -> bool:
-    return any(entry.option.key == key and entry.option.type == list[str] for entry in catalogue())
+    return any(entry.option.type == list[str] for entry in entries_of(key))
 
 
 def quote_list_items(word: str) -> str:
@@ -249,14 +249,14 @@ def _find(config: DictConfig, key: str) -> _Found | str | None:
     inside_null = ""
     *parents, last = key.split(".")
     for depth, part in enumerate(parents, 1):
-        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+        hints = type_hints(cls)
         if part not in hints:
             return None
         node = None if node is None or OmegaConf.is_missing(node, part) else node[part]
         cls = OmegaConf.get_type(node) if isinstance(node, DictConfig) else unwrap_optional(hints[part])[0]
         if node is None and not inside_null:
             inside_null = ".".join(parents[:depth])
-    hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+    hints = type_hints(cls)
     if last not in hints:
         return None
     if inside_null:
@@ -308,15 +308,28 @@ class Entry(NamedTuple):
 def catalogue(verbs: Iterable[str] = ROOTS) -> Iterator[Entry]:
     """Every option of every choice of these commands."""
     for verb in verbs:
-        grouped = groups(verb)
-        for option in options(ROOTS[verb]()):
-            if option.key not in grouped:
-                yield Entry(verb, "", "", option)
-        for group in grouped:
-            for name, cls in choices(group, verb).items():
-                for option in options(cls(), f"{group}."):
-                    if option.key != f"{group}.config_name":
-                        yield Entry(verb, group, name, option)
+        yield from _own_entries(verb)
+        for group in groups(verb):
+            yield from _group_entries(verb, group)
+
+
+def entries_of(key: str, verbs: Iterable[str] = ROOTS) -> Iterator[Entry]:
+    """The option with this key, of every choice of these commands that has it."""
+    group = key.partition(".")[0]
+    for verb in verbs:
+        found = _group_entries(verb, group) if group in groups(verb) else _own_entries(verb)
+        yield from (entry for entry in found if entry.option.key == key)
+
+
+def _own_entries(verb: str) -> Iterator[Entry]:
+    yield from (Entry(verb, "", "", option) for option in options(ROOTS[verb]()) if option.key not in groups(verb))
+
+
+def _group_entries(verb: str, group: str) -> Iterator[Entry]:
+    for name, cls in choices(group, verb).items():
+        for option in options(cls(), f"{group}."):
+            if option.key != f"{group}.config_name":
+                yield Entry(verb, group, name, option)
 
 
 def keys_like(name: str, verbs: Iterable[str] = ROOTS) -> list[str]:
@@ -349,7 +362,7 @@ def meant_by(word: str) -> list[str]:
 
 def owners_of(key: str, but: str) -> str:
     """A sentence's end that names the other commands which have this option or group; empty if none has."""
-    having = [verb for verb in ROOTS if key in groups(verb) or any(e.option.key == key for e in catalogue([verb]))]
+    having = [verb for verb in ROOTS if key in groups(verb) or any(entries_of(key, [verb]))]
     owners = [f"`{verb}`" for verb in having if verb != but]
     return f" ({', '.join(owners)} {'has' if len(owners) == 1 else 'have'} {key})" if owners else ""
 

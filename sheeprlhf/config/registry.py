@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -107,20 +107,34 @@ def groups(verb: str) -> list[str]:
     return [field.name for field in dataclasses.fields(ROOTS[verb]) if field.name in BASES]
 
 
+class _LoadedOnDemand:
+    """A dataclass in Hydra's store: Hydra copies what it loads, and the copy of this is the dataclass's configuration.
+
+    A command loads about ten of sixty dataclasses, and each configuration takes milliseconds.
+    """
+
+    def __init__(self, cls: type) -> None:
+        self._cls = cls
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DictConfig:
+        return cast(DictConfig, OmegaConf.structured(self._cls))
+
+
 def register_configs() -> None:
     """Everything into Hydra's ConfigStore: the roots as `<verb>_schema`, and the choices of every group."""
-    _register(*((group, name, cls) for group in BASES for name, cls in choices(group).items()))
-
-
-@functools.cache
-def _register(*found: tuple[str, str, type[Config]]) -> None:
-    """The same once for the same classes: it takes a tenth of a second."""
     store = ConfigStore.instance()
     setattr(ConfigStore, "__deepcopy__", lambda store, memo: store)  # noqa: B010  # for each composition Hydra copies all
     for verb, root in ROOTS.items():
-        store.store(name=f"{verb}_schema", node=root)
-    for group, name, cls in found:
-        store.store(group=group, name=name, node=cls)
+        _store(store.repo, None, f"{verb}_schema", root)
+    for group in BASES:
+        for name, cls in choices(group).items():
+            _store(store.repo.setdefault(group, {}), group, name, cls)
+
+
+def _store(folder: dict[str, Any], group: str | None, name: str, cls: type) -> None:
+    """Put a dataclass where `ConfigStore.store` puts the whole configuration of one."""
+    file, node = f"{name}.yaml", cast(Any, _LoadedOnDemand(cls))
+    folder[file] = ConfigNode(file, node, group, package=None, provider=None)
 
 
 def options(node: Config | DictConfig, prefix: str = "") -> Iterator[Option]:
@@ -128,7 +142,7 @@ def options(node: Config | DictConfig, prefix: str = "") -> Iterator[Option]:
     cls = OmegaConf.get_type(node) if isinstance(node, DictConfig) else type(node)
     if cls is None or not dataclasses.is_dataclass(cls):
         return
-    hints = typing.get_type_hints(cls)
+    hints = type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.name in getattr(cls, "unread", ()):
             continue
@@ -140,6 +154,12 @@ def options(node: Config | DictConfig, prefix: str = "") -> Iterator[Option]:
         else:
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             yield Option(key, hints[field.name], value, _metadata(cls, field.name), default)
+
+
+@functools.cache
+def type_hints(cls: Any) -> typing.Mapping[str, Any]:
+    """The types of a dataclass's options by name; empty for other types."""
+    return typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
 
 
 def _metadata(cls: type, name: str) -> typing.Mapping[str, Any]:

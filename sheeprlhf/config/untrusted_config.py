@@ -114,12 +114,18 @@ class CheckedFolder(FileConfigSource):
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Load one file. Raises ConfigError if it is no plain file of this folder, or has what it may not."""
-        path = Path(self.path, self._normalize_file_name(config_path))
+        return _checked(self, str(self._file(config_path)), config_path, self.text(config_path))
+
+    def text(self, config_path: str) -> str:
+        """The text of one file. Raises ConfigError if it is no plain file of this folder."""
+        path = self._file(config_path)
         try:
-            text = read_small(real_file(path, Path(self.path)), _MAX_BYTES).decode("utf-8-sig")
+            return read_small(real_file(path, Path(self.path)), _MAX_BYTES).decode("utf-8-sig")
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read as a configuration: {error}") from error
-        return _checked(self, str(path), config_path, text)
+
+    def _file(self, config_path: str) -> Path:
+        return Path(self.path, self._normalize_file_name(config_path))
 
 
 class CheckedPackage(ImportlibResourcesConfigSource):

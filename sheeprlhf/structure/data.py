@@ -15,7 +15,7 @@ class KeptColumns(NamedTuple):
     every: bool = False  # keep all other columns too (`**columns`)
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class DataConfig(Config):
     """Options of every dataset. `row_format` names the function that turns a raw row into an example."""
 
@@ -69,7 +69,7 @@ class DataConfig(Config):
     cache_dir: Optional[str] = option(None, "Folder of prepared data; null: $SHEEPRLHF_CACHE, else ~/.cache/sheeprlhf.")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class DocstringsConfig(DataConfig):
     """Embedded: Python signatures and their one-line summaries, split by package."""
 
@@ -84,7 +84,7 @@ class DocstringsConfig(DataConfig):
     reward_model_split: float = 0.5
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class SummarizationConfig(DataConfig):
     """Reddit posts and two summaries, one preferred (CarperAI/openai_summarize_comparisons)."""
 
@@ -94,7 +94,7 @@ class SummarizationConfig(DataConfig):
     dataset_name: Optional[str] = "CarperAI/openai_summarize_comparisons"
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class HelpfulHarmlessConfig(DataConfig):
     """Dialogues and two answers, one preferred (Dahoas/full-hh-rlhf)."""
 
@@ -104,7 +104,7 @@ class HelpfulHarmlessConfig(DataConfig):
     dataset_name: Optional[str] = "Dahoas/full-hh-rlhf"
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class LayoutDataConfig(DataConfig):
     """Parent of the datasets whose columns are found by the layouts that `data.layout` knows."""
 
@@ -142,7 +142,7 @@ class LayoutDataConfig(DataConfig):
     minimum_response_length: int = 1
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class MixDataConfig(DataConfig):
     """Several datasets together, each with its own layout and its share of the training rows."""
 
@@ -157,7 +157,7 @@ class MixDataConfig(DataConfig):
     minimum_response_length: int = option(1, "Shorter responses are dropped.", unit="tokens", minimum=1)
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class LocalDataConfig(LayoutDataConfig):
     """Your own files: prompt with response (+ label), a pair, responses or none; or messages."""
 
@@ -172,7 +172,7 @@ class LocalDataConfig(LayoutDataConfig):
     test_file: Any = option(None, "Test rows, likewise; null cuts them from the training rows.")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class HubDataConfig(LayoutDataConfig):
     """Any dataset of the hub: prompt with response (+ label), a pair, responses or none; messages; or text."""
 

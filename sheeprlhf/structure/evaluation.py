@@ -9,7 +9,7 @@ from sheeprlhf.structure.reward import RewardRunConfig
 REFERENCES, START, NOTHING = "references", "start", "none"  # values of task.against that name no run
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class EvalTaskConfig(Config):
     """Options of every evaluation."""
 
@@ -32,7 +32,7 @@ class EvalTaskConfig(Config):
     )
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class PerplexityConfig(EvalTaskConfig):
     """exp of the mean negative log-likelihood of a token."""
 
@@ -42,7 +42,7 @@ class PerplexityConfig(EvalTaskConfig):
     completion_only_loss: bool = option(True, "Count the response's tokens only; false counts the prompt's too.")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class RougeConfig(EvalTaskConfig):
     """Wording that generated responses share with the references (ROUGE), next to what trivial answers get."""
 
@@ -53,7 +53,7 @@ class RougeConfig(EvalTaskConfig):
     use_stemmer: bool = option(False, "Compare the stems of English words, so that `returns` equals `return`.")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class GenerateConfig(EvalTaskConfig):
     """Responses to the prompts of a split, as a file."""
 
@@ -63,7 +63,7 @@ class GenerateConfig(EvalTaskConfig):
     config_name: str = "generate"
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class PreferenceConfig(EvalTaskConfig):
     """Accuracy on pairs of responses: of a reward model, or of a policy's implicit reward."""
 
@@ -81,7 +81,7 @@ class PreferenceConfig(EvalTaskConfig):
     subset_column: Optional[str] = option(None, "Column by whose values the accuracy is reported, too; null: none.")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class StepsConfig(EvalTaskConfig):
     """Accuracy of a process reward model on the steps of responses."""
 
@@ -91,7 +91,7 @@ class StepsConfig(EvalTaskConfig):
     config_name: str = "steps"
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class ScoredConfig(RewardRunConfig, EvalTaskConfig):
     """Options of evaluations that sample and score; `reward` selects the reward."""
 
@@ -99,7 +99,7 @@ class ScoredConfig(RewardRunConfig, EvalTaskConfig):
     writes: ClassVar[str] = "samples"
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class RewardConfig(ScoredConfig):
     """Scores of sampled responses, their win rate, and the KL of the policy from its start."""
 
@@ -113,7 +113,7 @@ class RewardConfig(ScoredConfig):
     )
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class FrontierConfig(ScoredConfig):
     """Score against KL over the checkpoints of a run, next to the best of n responses of its start."""
 

@@ -6,7 +6,7 @@ from typing import Any, Optional
 from sheeprlhf.structure.option import Config, option
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class HuggingFaceConfig(Config):
     """Options of loading the weights."""
 
@@ -15,7 +15,7 @@ class HuggingFaceConfig(Config):
     local_files_only: bool = option(False, "Never ask the hub; use the local cache only.")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class LORAConfig(Config):
     """Low-rank adapters (Hu et al., 2021)."""
 
@@ -35,7 +35,7 @@ class LORAConfig(Config):
     lr: float = option(2e-4, "Learning rate of adapters when optim.lr is null.", minimum=0.0)
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class ModelConfig(Config):
     """A causal language model, by hub name or folder."""
 
@@ -102,7 +102,7 @@ class ModelConfig(Config):
     random_init: bool = option(False, "Start from random weights of the model's shape (pretraining).")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class TinyConfig(ModelConfig):
     """The embedded model: 5.8M parameters, made by this framework; offline, on a CPU."""
 
@@ -112,14 +112,14 @@ class TinyConfig(ModelConfig):
     lr: float = 5e-5
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class AutoModelConfig(ModelConfig):
     """A causal language model of your choice: give model.repo_name=<hub id or folder>."""
 
     config_name: str = "auto"
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class OPTConfig(ModelConfig):
     """OPT 350M (facebook/opt-350m)."""
 
@@ -129,7 +129,7 @@ class OPTConfig(ModelConfig):
     lora_cfg: Optional[LORAConfig] = LORAConfig(targets="('q_proj','v_proj')")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class GPT2Config(ModelConfig):
     """GPT-2 124M (openai-community/gpt2); medium with model.repo_name=openai-community/gpt2-medium."""
 
@@ -139,7 +139,7 @@ class GPT2Config(ModelConfig):
     lora_cfg: Optional[LORAConfig] = LORAConfig(targets="('c_attn',)")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class PhiConfig(ModelConfig):
     """Phi-1.5 1.3B (microsoft/phi-1_5)."""
 
@@ -148,7 +148,7 @@ class PhiConfig(ModelConfig):
     lora_cfg: Optional[LORAConfig] = LORAConfig(targets="('q_proj','k_proj','v_proj','dense')")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class FalconConfig(ModelConfig):
     """Falcon 7B (tiiuae/falcon-7b); runs on padded batches."""
 
@@ -157,7 +157,7 @@ class FalconConfig(ModelConfig):
     lora_cfg: Optional[LORAConfig] = LORAConfig(targets="('query_key_value',)")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class SmolLM2Config(ModelConfig):
     """SmolLM2 135M Instruct (HuggingFaceTB/SmolLM2-135M-Instruct); without the hub, after `tools/fetch_smollm2.py`."""
 

@@ -20,7 +20,7 @@ JUDGE_PROMPT = (
 )
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class RewardSourceConfig(Config):
     """Options of every source. Scores are normalised, then clipped; penalties are subtracted last."""
 
@@ -44,7 +44,7 @@ class RewardSourceConfig(Config):
     )
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class RewardRunConfig(Config):
     """Options of a task whose responses are scored."""
 
@@ -56,21 +56,21 @@ class RewardRunConfig(Config):
     rm_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class AutoRewardConfig(RewardSourceConfig):
     """The dataset's own rule where it has one, else a reward model."""
 
     config_name: str = "auto"
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class NoRewardConfig(RewardSourceConfig):
     """No score: every response gets 0 (task=distill)."""
 
     config_name: str = "none"
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class CallOptionsConfig(RewardSourceConfig):
     """Options of calls of your own functions and of requests to a judge."""
 
@@ -89,7 +89,7 @@ class CallOptionsConfig(RewardSourceConfig):
     )
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class JudgeOptionsConfig(CallOptionsConfig):
     """Options of the term judge."""
 
@@ -120,7 +120,7 @@ class JudgeOptionsConfig(CallOptionsConfig):
         return JUDGE_PROMPT if self.judge_prompt is None else self.judge_prompt
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class BuiltinOptionsConfig(CallOptionsConfig):
     """Options of the built-in functions; one that no chosen function reads is rejected."""
 
@@ -129,7 +129,7 @@ class BuiltinOptionsConfig(CallOptionsConfig):
     pattern: Optional[str] = option(None, "Regular expression that a response has to contain (regex).")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class FunctionRewardConfig(BuiltinOptionsConfig):
     """A Python function: a built-in or your own."""
 
@@ -140,7 +140,7 @@ class FunctionRewardConfig(BuiltinOptionsConfig):
     )
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class ModelOptionsConfig(RewardSourceConfig):
     """Options of reward models."""
 
@@ -159,7 +159,7 @@ class ModelOptionsConfig(RewardSourceConfig):
     )
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class ModelRewardConfig(ModelOptionsConfig):
     """A reward model."""
 
@@ -167,14 +167,14 @@ class ModelRewardConfig(ModelOptionsConfig):
     folder: Optional[str] = option(None, "Sequence-classification folder or hub id; null: task.rm_experiment_dir.")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class JudgeRewardConfig(JudgeOptionsConfig):
     """A language model at an OpenAI-compatible server."""
 
     config_name: str = JUDGE
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class ListRewardConfig(BuiltinOptionsConfig, JudgeOptionsConfig, ModelOptionsConfig):
     """A weighted sum of sources, or an ensemble of reward models."""
 

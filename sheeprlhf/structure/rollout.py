@@ -11,7 +11,7 @@ ENVIRONMENTS = ("calculator", "python")  # the built-in ones
 _MICRO_BATCH = "Most responses in one forward pass, at least those of one prompt; the token budget cuts further."
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class OnlineTaskConfig(PolicyConfig, ReferenceConfig, RewardRunConfig, TrainTaskConfig):
     """Options of every RL task. An epoch is a pass over the prompts; generation.* controls the sampling."""
 
@@ -60,7 +60,7 @@ class OnlineTaskConfig(PolicyConfig, ReferenceConfig, RewardRunConfig, TrainTask
         return 0.0
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class RatioTaskConfig(OnlineTaskConfig):
     """Those that weigh what was sampled by how much likelier it has become since."""
 
@@ -76,7 +76,7 @@ class RatioTaskConfig(OnlineTaskConfig):
         return self.init_kl_coeff
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class PPOConfig(RatioTaskConfig):
     """Proximal policy optimisation: a critic tells each token's share of the reward (arXiv 1707.06347, 2203.02155)."""
 
@@ -125,7 +125,7 @@ class PPOConfig(RatioTaskConfig):
         return "actor." if self.ema_decay is None else "average."
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class GRPOConfig(RatioTaskConfig):
     """Group relative policy optimisation: a response is judged against the others of its prompt (arXiv 2402.03300)."""
 
@@ -157,7 +157,7 @@ class GRPOConfig(RatioTaskConfig):
     )
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class ReinforcePPConfig(RatioTaskConfig):
     """REINFORCE++: PPO's clipped loss without a critic, advantages whitened over the rollout (arXiv 2501.03262)."""
 
@@ -171,7 +171,7 @@ class ReinforcePPConfig(RatioTaskConfig):
     )
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class RLOOConfig(RatioTaskConfig):
     """REINFORCE with the mean of the prompt's other responses as baseline (arXiv 2402.14740)."""
 
@@ -183,7 +183,7 @@ class RLOOConfig(RatioTaskConfig):
     normalize_advantages: bool = option(False, "Advantages of a rollout get mean 0 and standard deviation 1.")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class OnlineDPOConfig(OnlineTaskConfig):
     """DPO on the best and the worst of the responses that the policy samples for each prompt (arXiv 2402.04792)."""
 
@@ -200,7 +200,7 @@ class OnlineDPOConfig(OnlineTaskConfig):
         return self.beta
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class DistillConfig(RatioTaskConfig):
     """On-policy distillation: what the policy samples becomes likelier where a larger model likes it better."""
 
@@ -215,7 +215,7 @@ class DistillConfig(RatioTaskConfig):
         return 1.0
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class BestOfNConfig(OnlineTaskConfig):
     """Rejection sampling: of n sampled responses the best one, as a dataset to fine-tune on (arXiv 2112.09332)."""
 
@@ -239,7 +239,7 @@ class BestOfNConfig(OnlineTaskConfig):
     num_sample_prompts: int = option(3, "Prompts whose best and worst responses are shown.", minimum=0)
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class RolloutSourceConfig(Config):
     """Program that samples the responses of a rollout."""
 
@@ -248,7 +248,7 @@ class RolloutSourceConfig(Config):
     config_name: str = option("???", "Name of this choice.")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class LocalRolloutConfig(RolloutSourceConfig):
     """The training processes sample, as `generation.engine` says."""
 
@@ -266,7 +266,7 @@ class LocalRolloutConfig(RolloutSourceConfig):
     max_result_length: int = option(1000, "Longest result of a tool; the rest is cut.", unit="characters", minimum=1)
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class VLLMRolloutConfig(RolloutSourceConfig):
     """Servers of vLLM sample; they get the weights before each rollout."""
 

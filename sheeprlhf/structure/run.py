@@ -17,7 +17,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-t
 STRATEGIES = ("auto", "ddp", "fsdp2")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class FabricConfig(Config):
     """On the CPU, one process."""
 
@@ -52,7 +52,7 @@ class FabricConfig(Config):
     precision: str = option("32-true", "Number format: weights stay float32 under the mixed ones.", choices=PRECISIONS)
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class AutoCudaConfig(FabricConfig):
     """On one CUDA device, in bf16-mixed precision."""
 
@@ -61,7 +61,7 @@ class AutoCudaConfig(FabricConfig):
     precision: str = "bf16-mixed"
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class AutoConfig(FabricConfig):
     """On a CUDA device if there is one, else on the CPU."""
 
@@ -69,7 +69,7 @@ class AutoConfig(FabricConfig):
     accelerator: str = "auto"
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class GenConfig(Config):
     """Sampling of shown texts, and of rollouts, which always sample; a model's own generation defaults never apply."""
 
@@ -92,7 +92,7 @@ class GenConfig(Config):
     )
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class OptimizerConfig(Config):
     """Options of every optimizer."""
 
@@ -110,42 +110,44 @@ class OptimizerConfig(Config):
     min_lr_ratio: float = option(0.0, "Last learning rate as a share of the peak.", minimum=0.0, maximum=1.0)
 
 
-@dataclass(unsafe_hash=True)
-class AdamWConfig(OptimizerConfig):
+@dataclass(eq=False, repr=False)
+class MomentsConfig(Config):
+    """Options of the optimizers of the Adam family."""
+
+    betas: tuple[float, float] = option((0.9, 0.999), "Decay of the two moment averages.")
+    eps: float = option(1e-8, "Added to the denominator.", above=0.0)
+
+
+@dataclass(eq=False, repr=False)
+class AdamWConfig(MomentsConfig, OptimizerConfig):
     """AdamW (Loshchilov and Hutter, 2019), fused."""
 
     torch_name: ClassVar[str] = "AdamW"
 
     config_name: str = "adamw"
-    betas: tuple[float, float] = option((0.9, 0.999), "Decay of the two moment averages.")
-    eps: float = option(1e-8, "Added to the denominator.", above=0.0)
     fused: bool = option(True, "Use torch's fused kernel.")
 
 
-@dataclass(unsafe_hash=True)
-class AdamConfig(OptimizerConfig):
+@dataclass(eq=False, repr=False)
+class AdamConfig(MomentsConfig, OptimizerConfig):
     """Adam (Kingma and Ba, 2015), fused."""
 
     torch_name: ClassVar[str] = "Adam"
 
     config_name: str = "adam"
-    betas: tuple[float, float] = option((0.9, 0.999), "Decay of the two moment averages.")
-    eps: float = option(1e-8, "Added to the denominator.", above=0.0)
     fused: bool = option(True, "Use torch's fused kernel.")
 
 
-@dataclass(unsafe_hash=True)
-class AdamW8bitConfig(OptimizerConfig):
+@dataclass(eq=False, repr=False)
+class AdamW8bitConfig(MomentsConfig, OptimizerConfig):
     """AdamW with moments of 8 bits (Dettmers et al., 2022), by bitsandbytes; tensors below 4,096 numbers have 32."""
 
     torch_name: ClassVar[str] = "AdamW8bit"  # class in bitsandbytes.optim
 
     config_name: str = option("adamw_8bit", "Name of this choice.")
-    betas: tuple[float, float] = option((0.9, 0.999), "Decay of the two moment averages.")
-    eps: float = option(1e-8, "Added to the denominator.", above=0.0)
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class SGDConfig(OptimizerConfig):
     """Stochastic gradient descent."""
 
@@ -165,7 +167,7 @@ TRACKER_MODULES = {  # what each tracker of `log` needs, of the extra with its n
 _WEIGHTS_CHECK = "sheeprlhf.task.weight_checks:check_all_weights"  # called as function(config, say) before the task
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class TrainConfig(Config):
     """A training run."""
 
@@ -207,7 +209,7 @@ class TrainConfig(Config):
         return self.model.lr
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class EvalConfig(Config):
     """An evaluation of a run, or of a model on a dataset."""
 
@@ -229,14 +231,14 @@ class EvalConfig(Config):
     debug: bool = option(False, "Show the traceback of an error.")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class CommandConfig(Config):
     """Parent of the commands that neither train nor evaluate: one process, no run directory."""
 
     entry_point: ClassVar[str] = ""  # "module:function", called as function(config, args); its result is the exit code
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class InspectConfig(CommandConfig):
     """The data as a task would see it."""
 
@@ -256,7 +258,7 @@ class InspectConfig(CommandConfig):
     debug: bool = option(False, "Show the traceback of an error.")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class ClusterConfig(Config):
     """Machines to plan for, other than this one; the defaults are an H100 with 400 Gb/s of network for each device."""
 
@@ -272,7 +274,7 @@ class ClusterConfig(Config):
     mfu: float = option(0.4, "Share of the peak that training reaches.", above=0.0, maximum=1.0)
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class DoctorConfig(CommandConfig, TrainConfig):
     """Check that a training run would work on this machine: takes the options of `train`, and starts nothing."""
 
@@ -286,7 +288,7 @@ class DoctorConfig(CommandConfig, TrainConfig):
         return self.cluster.memory is not None or (self.fabric.num_nodes or 1) > 1
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class FetchConfig(CommandConfig):
     """A model into the local cache, so that it works without the hub."""
 
@@ -297,7 +299,7 @@ class FetchConfig(CommandConfig):
     debug: bool = option(False, "Show the traceback of an error.")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class PipelineConfig(CommandConfig):
     """Trainings and evaluations one after the other; any other word goes to their commands."""
 

@@ -11,7 +11,7 @@ NO_REFERENCE = ("simpo", "orpo")  # losses of DPO
 _HIGHER_IS_BETTER = ("rewards/chosen", "rewards/margins", "rewards/accuracies", "scores", "objective", "logps", "share")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class TrainTaskConfig(Config):
     """Options of every training task. All intervals count optimizer steps."""
 
@@ -101,7 +101,7 @@ class TrainTaskConfig(Config):
         return 2 * max_length if self.data_kind == "preference" else max_length
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class StartConfig(Config):
     """Options of a task that can start from a fine-tuning."""
 
@@ -113,14 +113,14 @@ class StartConfig(Config):
     sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class PolicyConfig(StartConfig):
     """Options of a task that trains a policy."""
 
     num_sample_prompts: int = option(3, "Validation prompts whose responses are shown each time.", minimum=0)
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class ReferenceConfig(Config):
     """Options of a task whose loss compares the policy with a reference."""
 
@@ -131,7 +131,7 @@ class ReferenceConfig(Config):
     )
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class SFTConfig(PolicyConfig, TrainTaskConfig):
     """Supervised fine-tuning: learn to write the response, given the prompt."""
 
@@ -143,7 +143,7 @@ class SFTConfig(PolicyConfig, TrainTaskConfig):
     label_smoothing: float = option(0.0, "Share of the target spread over the vocabulary.", minimum=0.0, maximum=0.99)
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class RMConfig(StartConfig, TrainTaskConfig):
     """Reward modelling: the better of two or more responses gets the higher score."""
 
@@ -175,7 +175,7 @@ class RMConfig(StartConfig, TrainTaskConfig):
     )
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class PRMConfig(StartConfig, TrainTaskConfig):
     """Process reward modelling: the steps of a response get a score each, the log-odds that the step is right."""
 
@@ -188,7 +188,7 @@ class PRMConfig(StartConfig, TrainTaskConfig):
     config_name: str = "prm"
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class DPOConfig(PolicyConfig, ReferenceConfig, TrainTaskConfig):
     """Direct preference optimisation: the better response becomes the likelier one; no reward model."""
 
@@ -249,7 +249,7 @@ class DPOConfig(PolicyConfig, ReferenceConfig, TrainTaskConfig):
         return self.loss_type not in NO_REFERENCE and not self.reference_free and self.ref_sync_interval is None
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class KTOConfig(PolicyConfig, ReferenceConfig, TrainTaskConfig):
     """KTO: desirable responses become likelier and undesirable ones less likely; they need not come in pairs."""
 
@@ -268,7 +268,7 @@ class KTOConfig(PolicyConfig, ReferenceConfig, TrainTaskConfig):
         return True
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(eq=False, repr=False)
 class ILQLConfig(PolicyConfig, TrainTaskConfig):
     """Implicit language Q-learning: offline reinforcement learning from responses with a reward (arXiv 2206.11871)."""
 

@@ -291,6 +291,31 @@ def test_help_and_errors_are_quick_and_light(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+COUNT_CALLS = """
+import cProfile, sys
+from contextlib import suppress
+profile = cProfile.Profile()
+with profile, suppress(SystemExit):
+    from sheeprlhf.cli import run
+    run(sys.argv[1:])
+print("calls", sum(entry.callcount for entry in profile.getstats()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "limit"),
+    [
+        ("train task=sft optim.lrx=3", 1_400_000),  # about 1,050,000; 1,860,000 with the configurations of all choices
+        ("train --help", 1_900_000),  # about 1,440,000; 2,750,000 with two compositions and all recipes
+        ("pipeline --help", 1_200_000),  # about 860,000
+    ],
+)
+def test_help_and_errors_call_few_functions(line, limit):
+    command = [sys.executable, "-c", COUNT_CALLS, *line.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert int(done.stdout.rpartition("calls ")[2]) < limit
+
+
 @pytest.mark.parametrize("start", [["sheeprlhf.py"], ["-m", "sheeprlhf"]])
 def test_script_and_module_start_alike(start):
     done = subprocess.run([sys.executable, *start], capture_output=True, text=True, cwd=ROOT, check=True)
