@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sheeprlhf.apps.arguments import PLAIN_VERBS, PLOT, VERBS, ParsedArgs, parse_args, verb_problem
+from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.utils.errors import ConfigError, Interrupted, MissingRanksError, SheepError
 from sheeprlhf.utils.home import silence_libraries
 from sheeprlhf.utils.launchers import (
@@ -133,8 +134,6 @@ def _guarded(action: Callable[[], int], debug: bool, messages: list[str] | None 
             of_all = isinstance(error, ConfigError) and not begun and local_rank() > 0  # the first of a machine tells
             if of_all or isinstance(error, LauncherError):
                 return error.exit_code if isinstance(error, SheepError) else 1
-        from sheeprlhf.security.redaction import plain_text, redact_text
-
         if debug:
             print(plain_text(redact_text(traceback.format_exc())), file=sys.stderr)
         message = _message(error, debug)
@@ -159,8 +158,6 @@ def _stopped(signum: int, other_rank: bool) -> int:
 
 
 def _message(error: Exception, debug: bool) -> str:
-    from sheeprlhf.security.redaction import redact_text
-
     rank = global_rank()
     who = "sheeprlhf" if rank == 0 else f"sheeprlhf (process {rank})"
     lines = str(error).splitlines() or [type(error).__name__]

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from sheeprlhf.security.redaction import CREDENTIAL_ADVICE, is_secret_name, is_secret_value
 from sheeprlhf.utils.errors import ConfigError
 
 
@@ -57,7 +58,6 @@ _REJECTED_FLAGS = {
     **dict.fromkeys(("--config-path", "-cp"), "give --config-dir=<folder>, which adds yours to those of sheeprlhf"),
     "--experimental-rerun": "it would unpickle a file; repeat the command, or give resume_from=<run>",
 }
-CREDENTIAL = "credentials do not belong on the command line; remove it and set HF_TOKEN or run `hf auth login`"
 _SHELLS = tuple(f"{verb}={shell}" for verb in ("install", "uninstall", "query") for shell in ("bash", "fish", "zsh"))
 
 
@@ -94,7 +94,7 @@ def _split(
         elif flag is None:
             if not equals and waiting and not waiting[0].startswith("-") and "=" not in waiting[0]:
                 value = waiting.pop(0)  # `--epochs 3`
-            problems.append(f"{given}: {CREDENTIAL}" if _is_secret(given, value) else unknown(given, value))
+            problems.append(f"{given}: {CREDENTIAL_ADVICE}" if _is_secret(given, value) else unknown(given, value))
         elif flag.kind is bool:
             problems += [f"{given} takes no value: write {given}"] if equals else []
             values[flag.name] = True
@@ -142,7 +142,7 @@ def read_flags(verb: str, flags: Sequence[Flag], arguments: Sequence[str]) -> Pa
     for word in args.words:
         key, equals, value = word.partition("=")
         if _is_secret(key, word):
-            problems.append(f"{key if equals else 'a word'}: {CREDENTIAL}")
+            problems.append(f"{key if equals else 'a word'}: {CREDENTIAL_ADVICE}")
         elif equals and (name := f"--{key.replace('_', '-')}") in names:
             problems.append(f"{word}: flags have dashes here; write {name} {value}")
     if problems:
@@ -159,7 +159,7 @@ def _space_problems(words: list[str]) -> Iterator[str]:
             key, value = first[:-1], second
         else:
             continue
-        yield f"{key}: {CREDENTIAL}" if _is_secret(key, value) else f"no spaces around =: write {key}={value}"
+        yield f"{key}: {CREDENTIAL_ADVICE}" if _is_secret(key, value) else f"no spaces around =: write {key}={value}"
 
 
 def verb_problem(word: str, rest: list[str], verbs: Collection[str]) -> str:
@@ -167,7 +167,6 @@ def verb_problem(word: str, rest: list[str], verbs: Collection[str]) -> str:
     from sheeprlhf.config.option_checks import nearest
     from sheeprlhf.config.overrides import choices_like
     from sheeprlhf.config.registry import choices
-    from sheeprlhf.security.redaction import is_secret_name
 
     key, equals, _ = word.partition("=")
     shown = key if is_secret_name(key) else word
@@ -204,8 +203,6 @@ def flag_problem(given: str, value: str) -> str:
 
 
 def _is_secret(name: str, value: str) -> bool:
-    from sheeprlhf.security.redaction import is_secret_name, is_secret_value
-
     return is_secret_name(name.lstrip("-").replace("-", "_")) or is_secret_value(value)
 
 
@@ -220,7 +217,7 @@ def choice_problems(given: str, value: str, values: Sequence[str]) -> Iterator[s
 
 def _value_problems(flag: Flag, text: str) -> Iterator[str]:
     if _is_secret("", text):
-        yield f"--{flag.name}: {CREDENTIAL}"
+        yield f"--{flag.name}: {CREDENTIAL_ADVICE}"
     elif flag.values:
         yield from choice_problems(f"--{flag.name}", text, flag.values)
     elif flag.kind in (int, float):

@@ -28,10 +28,8 @@ from sheeprlhf.config.registry import (
     type_hints,
     unwrap_optional,
 )
-from sheeprlhf.security.redaction import is_secret_name, is_secret_value
+from sheeprlhf.security.redaction import CREDENTIAL_ADVICE, is_secret_name, is_secret_value
 from sheeprlhf.structure.option import Config
-
-_SECRET_FIX = "credentials do not belong on the command line; remove it and set HF_TOKEN or run `hf auth login`"
 
 
 class Chosen(NamedTuple):
@@ -54,12 +52,12 @@ def readable(words: list[str]) -> tuple[list[Override], list[str]]:
             problems.append(f"{_short(word)} has no key: write key=value, for example seed=1")
             continue
         if is_secret_value(word):
-            problems.append(f"{key if value and not is_secret_value(key) else 'a word'}: {_SECRET_FIX}")
+            problems.append(f"{key if value and not is_secret_value(key) else 'a word'}: {CREDENTIAL_ADVICE}")
             continue
         override = _parsed(word)
         name = key if override is None else override.key_or_group
         if is_secret_name(name) and (override is None or not _is_option(name)):
-            problems.append(f"{name}: {_SECRET_FIX}")
+            problems.append(f"{name}: {CREDENTIAL_ADVICE}")
         elif override is None:
             problems.append(_unreadable(word, key, value))
         else:

@@ -8,6 +8,7 @@ from typing import Any
 from sheeprlhf.utils.home import expand_home
 
 HIDDEN = "<redacted>"
+CREDENTIAL_ADVICE = "credentials do not belong on the command line; remove it and set HF_TOKEN or run `hf auth login`"
 _LITERALS = ("true", "false", "null")
 _SHORTEST = 10  # characters; a shorter value may be a word of any text
 _SECRET_KEY = re.compile(r"token|secret|password|passwd|credential|key$", re.IGNORECASE)
