@@ -48,7 +48,7 @@ from sheeprlhf.config.run_lookup import (
     resolve_runs,
     saved_group,
 )
-from sheeprlhf.config.untrusted_config import CheckedFolder, check_sources, content_problems
+from sheeprlhf.config.untrusted_config import CheckedFolder, check_content, check_sources
 from sheeprlhf.config.validate import validate
 from sheeprlhf.structure.run import EvalConfig, RootConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError
@@ -253,43 +253,34 @@ def _compose_job(source: Source, parsed: list[Override], complete: bool) -> Job 
     """The job of these overrides; None unless it has to be complete. Raises ConfigError with every problem."""
     has_recipe = any(override.key_or_group == "experiment" for override in parsed)
     chosen = pick_groups(source.verb, parsed, _group_options(source.verb, only_own_recipes=has_recipe))
-    problems = chosen.problems
+    problems, job = chosen.problems, None
     try:
         saved = saved_overrides(source.verb, parsed)
         base = _compose_base(source, chosen, _words(chosen.groups) + saved)
+        hydra = base.hydra
+        with open_dict(base):
+            del base["hydra"]
+            if "experiment" in base:
+                base.experiment = hydra.runtime.choices.get("experiment")
+        check_content(base, parsed)  # before any value is read, and with it what it refers to
+        problems += _fill_missing_groups(base, source.verb, chosen)
+        settled = {word.partition("=")[0] for word in saved}
+        given = [override for override in chosen.values if override.key_or_group not in settled]
+        found = [key_problem(source.verb, override, base, chosen) for override in given]
+        problems += [problem for problem in found if problem]
+        check_content(base, parsed)
+        given_dir = _given_dir(base, hydra) if complete else None
+        if given_dir is not None:
+            problems += new_folder_problems("hydra.run.dir", given_dir, expands=False)
+        if complete and (missing := sorted(OmegaConf.missing_keys(base))):
+            problems += [missing_problem(key, base) for key in missing if key.split(".")[0] not in chosen.failed]
+            problems += [problem for option in options(base) for problem in option_problems(option)]
+        elif complete:
+            job = finish(base, given_dir)
+    except OmegaConfBaseException as error:
+        problems.append(condensed(str(error).splitlines(), source.verb))
     except ConfigError as error:
-        raise ConfigError(*problems, *error.problems) from error
-    hydra = base.hydra
-    with open_dict(base):
-        del base["hydra"]
-        if "experiment" in base:
-            base.experiment = hydra.runtime.choices.get("experiment")
-    outside = content_problems(base, parsed)
-    if outside:  # before any value is read, and with it what it refers to
-        raise ConfigError(*problems, *outside)
-    problems += _fill_missing_groups(base, source.verb, chosen)
-    settled = {word.partition("=")[0] for word in saved}
-    for override in chosen.values:
-        problem = key_problem(source.verb, override, base, chosen) if override.key_or_group not in settled else None
-        problems += [problem] if problem else []
-    if outside := content_problems(base, parsed):
-        raise ConfigError(*problems, *outside)
-    job = None
-    if complete:
-        try:
-            given_dir = _given_dir(base, hydra)
-            if given_dir is not None:
-                problems += new_folder_problems("hydra.run.dir", given_dir, expands=False)
-            if OmegaConf.missing_keys(base):
-                missing = sorted(OmegaConf.missing_keys(base))
-                problems += [missing_problem(key, base) for key in missing if key.split(".")[0] not in chosen.failed]
-                problems += [problem for option in options(base) for problem in option_problems(option)]
-            else:
-                job = finish(base, given_dir)
-        except OmegaConfBaseException as error:
-            problems.append(condensed(str(error).splitlines(), source.verb))
-        except ConfigError as error:
-            problems += error.problems
+        problems += error.problems
     if problems:
         raise ConfigError(*problems)
     return job
