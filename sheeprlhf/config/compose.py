@@ -48,7 +48,7 @@ from sheeprlhf.config.run_lookup import (
     resolve_runs,
     saved_group,
 )
-from sheeprlhf.config.untrusted_config import CheckedFolder, check_content, check_sources
+from sheeprlhf.config.untrusted_config import CheckedFolder, check_sources, content_problems
 from sheeprlhf.config.validate import validate
 from sheeprlhf.structure.run import EvalConfig, RootConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError
@@ -262,13 +262,15 @@ def _compose_job(source: Source, parsed: list[Override], complete: bool) -> Job 
             del base["hydra"]
             if "experiment" in base:
                 base.experiment = hydra.runtime.choices.get("experiment")
-        check_content(base, parsed)  # before any value is read, and with it what it refers to
+        if outside := content_problems(base, parsed):  # before any value is read, and with it what it refers to
+            raise ConfigError(*outside)
         problems += _fill_missing_groups(base, source.verb, chosen)
         settled = {word.partition("=")[0] for word in saved}
         given = [override for override in chosen.values if override.key_or_group not in settled]
         found = [key_problem(source.verb, override, base, chosen) for override in given]
         problems += [problem for problem in found if problem]
-        check_content(base, parsed)
+        if outside := content_problems(base, parsed):
+            raise ConfigError(*outside)
         given_dir = _given_dir(base, hydra) if complete else None
         if given_dir is not None:
             problems += new_folder_problems("hydra.run.dir", given_dir, expands=False)

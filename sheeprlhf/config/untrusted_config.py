@@ -30,8 +30,8 @@ _TRUST = "model.library_cfg.trust_remote_code"
 _RESOLVER = re.compile(r"\$\{\s*(?!now\b)[\w.]+\s*:")
 
 
-def check_content(base: DictConfig, parsed: list[Override]) -> None:
-    """Raises ConfigError if files set model code, user functions, or values from the environment."""
+def content_problems(base: DictConfig, parsed: list[Override]) -> list[str]:
+    """Forbidden content of configuration files: model code, user functions, or values from the environment."""
     problems = []
     given = {override.key_or_group for override in parsed}
     if OmegaConf.select(base, "words", default=None) and "words" not in given:
@@ -41,8 +41,7 @@ def check_content(base: DictConfig, parsed: list[Override]) -> None:
             problems.append(problem)
         if isinstance(value, str) and _RESOLVER.search(value):
             problems.append(f"{key}={value} asks for something outside the configuration: write the value instead")
-    if problems:
-        raise ConfigError(*problems)
+    return problems
 
 
 def _leaf_problem(key: str, value: Any) -> str | None:

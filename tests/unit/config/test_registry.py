@@ -26,7 +26,7 @@ from sheeprlhf.config.registry import (
     to_typed,
 )
 from sheeprlhf.config.validate import parse_devices, parse_targets, validate
-from sheeprlhf.structure.run import PipelineConfig, TrainConfig
+from sheeprlhf.structure.run import AdamConfig, AdamWConfig, ClusterConfig, PipelineConfig, TrainConfig
 
 ROOT = Path(__file__).parents[3]
 
@@ -310,3 +310,18 @@ def test_every_option_is_read_somewhere():
                 keys |= {option.key for option in options(cls(), f"{group}.")}
     read = names_read()
     assert sorted(key for key in keys if key.split(".")[-1] not in read and key not in EXPLAINED) == []
+
+
+def test_configurations_are_equal_if_their_class_and_options_are():
+    assert AdamWConfig() == AdamWConfig() and hash(AdamWConfig()) == hash(AdamWConfig())
+    assert AdamWConfig() != AdamWConfig(lr=1.0)
+    assert AdamWConfig() != AdamConfig()
+    assert {AdamWConfig(lr=1.0): "found"}[AdamWConfig(lr=1.0)] == "found"
+    locked = AdamWConfig()
+    locked.lock()
+    assert locked == AdamWConfig()
+
+
+def test_a_configuration_is_shown_as_the_call_that_makes_it():
+    config = ClusterConfig(memory=80.0)
+    assert eval(repr(config)) == config
