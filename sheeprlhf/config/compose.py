@@ -264,7 +264,8 @@ def _compose_job(source: Source, parsed: list[Override], complete: bool) -> Job 
                 base.experiment = hydra.runtime.choices.get("experiment")
         if outside := content_problems(base, parsed):  # before any value is read, and with it what it refers to
             raise ConfigError(*outside)
-        problems += _fill_missing_groups(base, source.verb, chosen)
+        missing = [group for group in groups(source.verb) if OmegaConf.is_missing(hydra.runtime.choices, group)]
+        problems += _fill_missing_groups(base, missing, source.verb, chosen)
         settled = {word.partition("=")[0] for word in saved}
         given = [override for override in chosen.values if override.key_or_group not in settled]
         found = [key_problem(source.verb, override, base, chosen) for override in given]
@@ -274,8 +275,8 @@ def _compose_job(source: Source, parsed: list[Override], complete: bool) -> Job 
         given_dir = _given_dir(base, hydra) if complete else None
         if given_dir is not None:
             problems += new_folder_problems("hydra.run.dir", given_dir, expands=False)
-        if complete and (missing := sorted(OmegaConf.missing_keys(base))):
-            problems += [missing_problem(key, base) for key in missing if key.split(".")[0] not in chosen.failed]
+        if complete and (keys := sorted(OmegaConf.missing_keys(base))):
+            problems += [missing_problem(key, base) for key in keys if key.split(".")[0] not in chosen.failed]
             problems += [problem for option in options(base) for problem in option_problems(option)]
         elif complete:
             job = finish(base, given_dir)
@@ -317,10 +318,9 @@ def _compose_base(source: Source, chosen: Chosen, words: list[str]) -> DictConfi
     return base
 
 
-def _fill_missing_groups(base: DictConfig, verb: str, chosen: Chosen) -> Iterator[str]:
+def _fill_missing_groups(base: DictConfig, missing: list[str], verb: str, chosen: Chosen) -> Iterator[str]:
     """Yield a problem for each group without a choice, and choose its first, so that all options can be checked."""
-    for group in groups(verb):
-        if OmegaConf.is_missing(base, group):
-            if not {group, "experiment"} & chosen.failed:  # a recipe may choose the group
-                yield f"{group} is missing: give {group}=<name>; it may be {', '.join(chosen.available[group])}"
-            base[group] = OmegaConf.structured(next(iter(choices(group, verb).values())))
+    for group in missing:
+        if not {group, "experiment"} & chosen.failed:  # a recipe may choose the group
+            yield f"{group} is missing: give {group}=<name>; it may be {', '.join(chosen.available[group])}"
+        base[group] = OmegaConf.structured(next(iter(choices(group, verb).values())))
