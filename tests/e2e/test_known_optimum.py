@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.support.runs import figures, train, write_rows
 
 ModelFolder = Callable[..., Path]
-SHORT = {"bandit": "generation.max_new_tokens=1", "letters": "generation.max_new_tokens=4"}
+FOUR = "generation.max_new_tokens=4"
+SHORT = {"bandit": "generation.max_new_tokens=1", "letters": FOUR}
 OF_TASK = {
     "ppo": ["task.num_iterations=2", "task.critic_learning_rate=1e-2", "task.init_kl_coeff=0"],
     "grpo": ["task.num_generations=8", "task.init_kl_coeff=0"],
@@ -23,9 +24,16 @@ OF_TASK = {
     "reinforce_pp": ["task.num_generations=4", "task.init_kl_coeff=0"],
     "online_dpo": ["task.num_generations=8", "task.beta=0.1"],
 }
-OPTIONS = {  # command of each
-    "dr_grpo": "grpo task.loss_type=dr_grpo task.scale_rewards=false",
-    "group baseline": "reinforce_pp task.group_baseline=true",
+DAPO = "grpo task.loss_type=dapo task.clip_high=0.28 task.max_resamples=2"
+OPTIONS = {  # reward and command of each
+    "rewards of tokens": ("letter_tokens", "ppo task.kl_estimator=k3 task.init_kl_coeff=1e-3"),
+    "rewards of tokens, no critic": ("letter_tokens", "reinforce_pp task.init_kl_coeff=1e-3"),
+    "dynamic sampling": ("letters", DAPO),
+    "clipped advantages": ("letters", "grpo task.max_advantage=1 task.max_ratio=2 task.num_iterations=2"),
+    "entropy": ("letters", "grpo task.entropy_coeff=1e-3"),
+    "k2": ("letters", "grpo task.kl_estimator=k2 task.init_kl_coeff=1e-3"),
+    "dr_grpo": ("letters", "grpo task.loss_type=dr_grpo task.scale_rewards=false"),
+    "group baseline": ("letters", "reinforce_pp task.group_baseline=true"),
 }
 
 
@@ -82,8 +90,9 @@ def test_it_is_found(task: str, reward: str, tmp_path: Path, model_folder: Model
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", OPTIONS)
 def test_it_is_found_with_options(name: str, tmp_path: Path, model_folder: ModelFolder) -> None:
-    task, *options = OPTIONS[name].split()
-    words = ["reward.path=tests.support.rewards:letters", SHORT["letters"], *OF_TASK[task], *options]
+    reward, command = OPTIONS[name]
+    task, *options = command.split()
+    words = [f"reward.path=tests.support.rewards:{reward}", FOUR, *OF_TASK[task], *options]
     check_found(task, words, tmp_path, model_folder)
 
 

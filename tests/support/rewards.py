@@ -13,6 +13,11 @@ def letters(prompts: list[str], responses: list[str]) -> list[float]:
     return [sum(c in string.ascii_lowercase for c in response) / max(1, len(response)) for response in responses]
 
 
+def letter_tokens(responses: list[str], completion_ids: list[list[int]]) -> list[list[float]]:
+    """Rewards of tokens of `byte_tokenizer`: a quarter for each small letter."""
+    return [[0.25 * (64 <= token <= 89) for token in ids] for ids in completion_ids]
+
+
 def spread(prompts: list[str], responses: list[str]) -> list[float]:
     """Another number for nearly every response."""
     return [sum((i + 1) * ord(c) % 97 for i, c in enumerate(response)) % 53 / 53 for response in responses]
