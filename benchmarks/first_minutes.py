@@ -15,7 +15,7 @@ from pathlib import Path
 
 RUN = "$(ls -d logs/runs/docstrings/tiny/sft/*/default | head -1)"
 STEPS = [
-    ("install, and train the embedded model", "pip install -e . && python sheeprlhf.py train task=sft", 0),
+    ("install, and train the embedded model", "pip install --no-compile -e . && python sheeprlhf.py train task=sft", 0),
     ("what is there?", "python sheeprlhf.py", 0),
     ("what can I choose?", "python sheeprlhf.py list", 0),
     ("what does training learn from?", "python sheeprlhf.py inspect", 0),
