@@ -133,7 +133,7 @@ def _export(trained: Trained, folder: Path, dtype: str, name: str | None, screen
 
 
 def _summary(trained: Trained, checks: "Checks", folder: Path, dtype: str) -> Iterator[str]:
-    """What was written, and how far it differs from the run."""
+    """Yield the lines on the folder that was written, and on how far it differs from the run."""
     if checks.merged is not None:
         yield f"adapters merged in float32: logits differ by {checks.merged:.2g} (largest {checks.largest:.3g})"
     if trained.task == "ppo":
