@@ -427,14 +427,14 @@ class RolloutCollector:
             old_N = self.logprobs(self.policy, rollout, "log-probabilities")
         rollout = rollout.with_tokens(logprobs=old_N, reference=self.logprobs(self._reference, rollout, "reference"))
         check_finite(rollout, "validation" if validates else "training")
-        found: dict[str, float] = {}
+        found: dict[str, float] = {} if self.servers is None else dict(self.servers.speeds)
         if staleness:
             weights_N = (old_N - rollout.flat("sampled")).exp().clamp(max=_MAX_IMPORTANCE)
             rollout = rollout.with_tokens(importance=weights_N)
-            found = {"rollout/staleness": float(staleness), "rollout/importance": float(weights_N.mean())}
+            found |= {"rollout/staleness": float(staleness), "rollout/importance": float(weights_N.mean())}
         elif self.servers is not None:
             try:
-                found = self.servers.check(rollout.tokens)
+                found |= self.servers.check(rollout.tokens)
             except RolloutMismatchError:
                 if not self.servers.was_pending:
                     raise

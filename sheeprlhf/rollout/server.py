@@ -17,6 +17,7 @@ import re
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
@@ -38,6 +39,7 @@ from sheeprlhf.engine.shard import whole
 from sheeprlhf.model.adapter import POLICY
 from sheeprlhf.rollout.engines import StopStrings, cut_at_end, first_seed
 from sheeprlhf.rollout.sampler import Sampled, sampled_by_prompt
+from sheeprlhf.rollout.server_speed import SpeedWatch
 from sheeprlhf.rollout.vllm_api import SECONDS_OF_CHECK, START, UnavailableError, call, served_model
 from sheeprlhf.rollout.weight_transfer import WeightTransfer, update_info
 from sheeprlhf.structure.rollout import BestOfNConfig, VLLMRolloutConfig
@@ -65,6 +67,7 @@ from sheeprlhf.utils.output import (
 )
 
 ADAPTER = "sheeprlhf-policy"  # name of the policy's adapter on the servers
+SPEED = "rollout/server_tokens_per_second"  # a metric for each server, with its number in rollout.urls from 1
 _IN_FLIGHT = 64  # prompts that a server answers at a time
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 15.0  # seconds before servers are asked again, doubled each time
 _MAX_FAILED_LOADS = 3  # a server that cannot load the weights so many times has another model
@@ -78,7 +81,13 @@ _PER_RUN = 1 << 32  # more than a run has rollouts; other ones of rollout i have
 
 _TRANSFER_OPTION = """the option --weight-transfer-config '{"backend": "nccl"}'"""
 
-_Answer = tuple[list[Sampled], list[str]]  # of each prompt: its responses, and the server that gave them
+
+class _Answer(NamedTuple):
+    """A rollout as the servers gave it."""
+
+    sampled: list[Sampled]  # of each prompt
+    urls: list[str]  # of each prompt: the server that gave the responses
+    speeds: dict[str, float]  # tokens per second of each server
 
 
 class _Pending(NamedTuple):
@@ -104,6 +113,8 @@ class RolloutServers:
     Attributes:
         staleness: rollouts that were learnt from since the weights of the newest one were written.
         was_pending: whether the newest rollout was sampled before it was asked for.
+        speeds: metrics of the newest rollout, the tokens per second of each server that did not fail; of a validation
+            none.
     """
 
     def __init__(
@@ -131,6 +142,8 @@ class RolloutServers:
         self._state: dict[str, Any] = {}  # the weights that they get
         self._pending: dict[int, _Pending] = {}  # by the number of the rollout
         self.staleness, self.was_pending = 0, False
+        self.speeds: dict[str, float] = {}
+        self._speed_watch = SpeedWatch(say)
         self._run_dir, self._keeps = run_dir, not isinstance(cfg.task, BestOfNConfig)
         undefined = [] if policy.undefined_U is None else policy.undefined_U.tolist()
         self._sampling = {  # every number whose default a server may take from a model's files
@@ -208,7 +221,7 @@ class RolloutServers:
             RolloutServerError: no server has answered for `rollout.timeout` seconds, or one cannot do what is asked.
             ModelError: the weights could not be written.
         """
-        found: _Answer | RolloutServerError | ModelError = ([], [])
+        found: _Answer | RolloutServerError | ModelError = _Answer([], [], {})
         key, pending = _key(prompts, uniforms), None if number is None else self._pending.pop(number, None)
         pending = pending if pending is not None and pending.key == key else None
         self.staleness = 0 if pending is None or number is None else number - pending.weights_of
@@ -220,16 +233,21 @@ class RolloutServers:
                 if pending is None:
                     found = asyncio.run(self._sample(prompts, uniforms))
                     if number is not None:
-                        self._keep(number, number, key, found[0])
+                        self._keep(number, number, key, found.sampled)
                 else:
                     found = pending.answer.result()
+                if number is not None and number < _PER_RUN:  # the others have fewer prompts
+                    self._speed_watch.add(found.speeds)
             except (RolloutServerError, ModelError) as error:
                 found = error
         found = self._fabric.broadcast(found)
         if isinstance(found, RolloutServerError | ModelError):  # on all ranks: none waits for the others
             raise found
-        sampled, self._answered = found
-        return sampled
+        self._answered = found.urls
+        places = {url: place for place, url in enumerate(self._urls, 1)}
+        speeds = {f"{SPEED}/{places[url]}": speed for url, speed in found.speeds.items()}
+        self.speeds = {} if number is None else speeds
+        return found.sampled
 
     def has(self, prompts: Sequence[np.ndarray], uniforms: np.ndarray, number: int, weights_of: int) -> bool:
         """Return whether a rollout is pending, with the weights before the updates of rollout `weights_of`, or older.
@@ -255,7 +273,7 @@ class RolloutServers:
             for number, given in later.items():
                 try:
                     answer = asyncio.run(self._sample(*given))
-                    self._keep(number, weights_of, _key(*given), answer[0])
+                    self._keep(number, weights_of, _key(*given), answer.sampled)
                     futures[number].set_result(answer)
                 except BaseException as error:
                     futures[number].set_exception(error)
@@ -349,18 +367,21 @@ class RolloutServers:
     async def _sample(self, prompts: Sequence[np.ndarray], uniforms: np.ndarray) -> _Answer:
         found: dict[int, tuple[Sampled, str]] = {}
         failed: dict[str, str] = {}  # the newest reason of each server that has failed
+        tokens, seconds = Counter[str](), dict.fromkeys(self._urls, 0.0)  # of each server
         pause, limit, since, said = _FIRST_WAIT, self._options.timeout, time.monotonic(), ""
         with tqdm(total=uniforms[..., 0].size, desc="sampling", leave=False, disable=None) as bar:
 
             async def ask(url: str, rows: list[int]) -> None:
-                gate = asyncio.Semaphore(_IN_FLIGHT)
+                gate, began = asyncio.Semaphore(_IN_FLIGHT), time.monotonic()
 
                 async def one(server: httpx.AsyncClient, row: int) -> None:
                     async with gate:
                         if url in failed:
                             return
                         try:
-                            found[row] = await self._ask(server, url, prompts[row], uniforms[row]), url
+                            sampled = await self._ask(server, url, prompts[row], uniforms[row])
+                            found[row] = sampled, url
+                            tokens[url] += sum(map(len, sampled.responses))
                             bar.update(uniforms.shape[1])
                         except UnavailableError as error:
                             failed[url] = str(error)
@@ -368,6 +389,7 @@ class RolloutServers:
                 async with client(url, limit) as server, asyncio.TaskGroup() as group:
                     for row in rows:
                         group.create_task(one(server, row))
+                seconds[url] += time.monotonic() - began
 
             while len(found) < len(prompts):
                 states = await asyncio.gather(*map(self._prepare, self._urls))
@@ -394,7 +416,9 @@ class RolloutServers:
                 said = problem
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_WAIT)
-        return [found[row][0] for row in range(len(prompts))], [found[row][1] for row in range(len(prompts))]
+        speeds = {url: tokens[url] / max(seconds[url], 1e-9) for url in self._urls if tokens[url] and url not in failed}
+        answers = [found[row] for row in range(len(prompts))]
+        return _Answer([sampled for sampled, _ in answers], [url for _, url in answers], speeds)
 
     async def _prepare(self, url: str) -> str | None:
         """Give a server the newest weights unless it has them; return why it cannot answer now, None if it can."""
@@ -622,7 +646,7 @@ def _read_kept(folder: Path) -> _Pending:
     rows = list(zip(np.split(ids, borders), np.split(logprobs, borders), finished.ravel().tolist(), strict=True))
     sampled = sampled_by_prompt(rows, group)
     kept = _Pending(facts["weights_of"], facts["key"], Future())
-    kept.answer.set_result((sampled, [""] * len(sampled)))
+    kept.answer.set_result(_Answer(sampled, [""] * len(sampled), {}))
     return kept
 
 

@@ -19,6 +19,7 @@ class ServerSource(Protocol):
 
     staleness: int  # rollouts that were learnt from since the weights of the newest one were written
     was_pending: bool  # the newest rollout was sampled before it was asked for
+    speeds: dict[str, float]  # metrics of the newest rollout: tokens per second of each server
 
     def write_weights(self) -> None:
         """Write the weights that the next rollout is sampled with, as a new version."""

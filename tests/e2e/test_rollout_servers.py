@@ -26,7 +26,7 @@ import sheeprlhf.assets
 from sheeprlhf.rollout import weight_transfer
 from sheeprlhf.rollout.server import RolloutServers
 from sheeprlhf.task.loop import RolloutLoop
-from tests.support.jobs import JobServer
+from tests.support.jobs import JobServer, RanksJob
 from tests.support.models import make_model_folder
 from tests.support.runs import digests, exit_code, figures, rejected, train, train_words, write_rows
 from tests.support.vllm_server import TRANSFER, FakeNCCL, vllm_server
@@ -94,7 +94,7 @@ def test_sampling_ahead_weighs_tokens_by_importance(tmp_path: Path, model_folder
     ("staleness", "in_background"),
     [*(pytest.param(k, k == 1, marks=pytest.mark.nightly) for k in (0, 1)), (2, False)],
 )
-def test_sampled_rollouts_survive_a_kill(
+def test_a_resumed_run_learns_from_the_rollouts_that_were_sampled(
     staleness: int, in_background: bool, tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five rollouts, checkpoints after two and four; the run stops in the updates of the fourth.
@@ -135,6 +135,78 @@ def test_sampled_rollouts_survive_a_kill(
     assert rollouts(run_dir) == rollouts(whole)
     stale = {0: [], 1: [1.0] * 4, 2: [1.0, 2.0] * 2}[staleness]
     assert figures(whole).get("rollout/staleness", []) == stale
+
+
+_WAITS = """
+import time
+from sheeprlhf.task.loop import RolloutLoop
+own, steps = RolloutLoop.update, []
+
+def update(self, *given):
+    steps.append(given)
+    if len(steps) == 5:
+        print("in the updates of the third rollout", flush=True)
+        time.sleep(600)
+    return own(self, *given)
+
+RolloutLoop.update = update
+"""
+
+
+@pytest.mark.parametrize(
+    "num_processes", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.nightly)]
+)
+def test_rollouts_sampled_ahead_survive_a_kill(
+    num_processes: int, tmp_path: Path, model_folder: ModelFolder, server: JobServer
+) -> None:
+    """SIGKILL in the updates of the third of five rollouts, when the fourth waits and half of the fifth is sampled.
+
+    The newest checkpoint comes after the second rollout. The resumed run uses the third and the fourth as they are.
+    """
+    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
+    options = ["rollout.max_staleness=2", "task.max_num_steps=10", "task.save_interval=4", "task.eval_interval=99"]
+    options += ["optim.lr=1e-2", "task.save_rollouts=5"]
+    run_dir, fifth = tmp_path / "run", list[int]()
+
+    def rollouts(place: Path) -> list[Any]:
+        return [pq.read_table(path).to_pydict() for path in sorted((place / "rollouts").iterdir())]
+
+    with vllm_server(model) as served:
+
+        def start(place: Path, *more: str, setup: str = "") -> RanksJob:
+            words_of_run = train_words(model, data, place, *words(served.url, *options, *more), task="grpo")
+            return server.start_ranks(words_of_run, tmp_path / "log", num_processes, setup)
+
+        def after_half_of_the_fifth(path: str, number: int) -> str | None:
+            if path != GENERATE or not (run_dir / "server_rollouts" / "rollout-3").exists():
+                return None
+            fifth.append(number)
+            return "hang" if len(fifth) > 3 else None
+
+        job = start(tmp_path / "whole")
+        assert job.wait() == 0, job.text()
+        asked = served.requests.count(GENERATE)
+        served.fault = after_half_of_the_fifth
+        job = start(run_dir, setup=_WAITS)
+        job.wait_for("in the updates of the third rollout")
+        while len(fifth) < 6:
+            assert job.poll() is None, job.text()
+            time.sleep(0.01)
+        job.kill(signal.SIGKILL)
+        assert job.wait() == -signal.SIGKILL
+        assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-4"]
+        kept = sorted(path.name for path in (run_dir / "server_rollouts").iterdir() if ".tmp." not in path.name)
+        assert kept == ["rollout-2", "rollout-3"]
+        served.fault = lambda path, number: None
+        served.requests.clear()
+        job = start(run_dir, "resume=true")
+        assert job.wait() == 0, job.text()
+        # Rollouts 0 to 3 of six prompts, and the check of the weights of rollout 0, are not asked again.
+        assert served.requests.count(GENERATE) == asked - 5 * 6
+    assert not (run_dir / "server_rollouts").exists()
+    assert digests(run_dir / "final") == digests(tmp_path / "whole" / "final")
+    assert rollouts(run_dir) == rollouts(tmp_path / "whole")
+    assert figures(run_dir)["rollout/staleness"] == [1.0, 2.0, 1.0, 2.0]
 
 
 @pytest.mark.nightly

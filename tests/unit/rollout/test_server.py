@@ -19,7 +19,7 @@ from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.rollout import server as module
-from sheeprlhf.rollout import weight_transfer
+from sheeprlhf.rollout import server_speed, weight_transfer
 from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.rollout.rollout import sampling_uniforms
 from sheeprlhf.rollout.sampler import Sampled
@@ -270,6 +270,27 @@ def test_a_hanging_server_leaves_its_prompts_to_the_others(tmp_path: Path, model
         fail(GENERATE, *range(99), how="hang")(bad)
         assert same(client.sample(again=True), first)
         assert good.requests.count(GENERATE) == len(PROMPTS) * 3 // 2
+
+
+def test_a_slow_server_is_reported(tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answers half of the prompts; one takes a second more. On a busy machine that is not always three times."""
+    monkeypatch.setattr(server_speed, "_TIMES_SLOWER", 1.0)
+    folder, rollouts = model_folder(), 3
+    uniforms = sampling_uniforms(0, 3, (len(PROMPTS), GROUP, NEW))
+    with vllm_server(folder) as fast, vllm_server(folder) as slow:
+        client = make_client(folder, tmp_path / "run", [fast, slow])
+        slow.delay = 1.0
+        client.servers.write_weights()
+        for number in range(rollouts):
+            assert not client.said
+            sampled = client.servers.sample(PROMPTS, uniforms, number)
+            speeds = client.servers.speeds
+            most = sum(len(ids) for one in sampled[1::2] for ids in one.responses)
+            assert 0 < speeds["rollout/server_tokens_per_second/2"] < most
+            assert speeds["rollout/server_tokens_per_second/1"] > speeds["rollout/server_tokens_per_second/2"]
+        assert len(client.said) == 1 and slow.url in client.said[0] and fast.url not in client.said[0]
+        client.servers.sample(PROMPTS, uniforms)
+        assert client.servers.speeds == {}  # of a validation
 
 
 @pytest.mark.parametrize(
