@@ -38,7 +38,6 @@ class VLLMServer(Server):
         tied: the server reports a folder whose head is tied.
         longest: tokens of a prompt with its response, as --max-model-len.
         nccl: with it the server receives weights by NCCL.
-        delay: seconds before it answers a prompt.
     """
 
     def __init__(self, folder: Path, port: int = 0) -> None:
@@ -50,7 +49,6 @@ class VLLMServer(Server):
         self.root = tempfile.TemporaryDirectory()
         self.longest = 10**6
         self.nccl: FakeNCCL | None = None
-        self.delay = 0.0
         self.restart()
 
     def restart(self) -> None:
@@ -187,8 +185,6 @@ class _Handler(Handler):
         fault = server.fault(path, number)
         if path in TRANSFER and fault is None:
             fault = server.transfer(path, asked)
-        if path == "/inference/v1/generate":
-            server.released.wait(server.delay)
         if fault == "hang":
             server.released.wait(30)
         if fault in ("hang", "close"):

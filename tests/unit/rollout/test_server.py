@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,7 +20,7 @@ from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.rollout import server as module
-from sheeprlhf.rollout import server_speed, weight_transfer
+from sheeprlhf.rollout import weight_transfer
 from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.rollout.rollout import sampling_uniforms
 from sheeprlhf.rollout.sampler import Sampled
@@ -273,22 +274,34 @@ def test_a_hanging_server_leaves_its_prompts_to_the_others(tmp_path: Path, model
 
 
 def test_a_slow_server_is_reported(tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each answers half of the prompts; one takes a second more. On a busy machine that is not always three times."""
-    monkeypatch.setattr(server_speed, "_TIMES_SLOWER", 1.0)
-    folder, rollouts = model_folder(), 3
-    uniforms = sampling_uniforms(0, 3, (len(PROMPTS), GROUP, NEW))
+    """Each answers two prompts: the first server in a second each, then the second in ten seconds each."""
+    folder, clock, own = model_folder(), [0.0], RolloutServers._ask
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     with vllm_server(folder) as fast, vllm_server(folder) as slow:
-        client = make_client(folder, tmp_path / "run", [fast, slow])
-        slow.delay = 1.0
+        client, answered = make_client(folder, tmp_path / "run", [fast, slow]), Counter[str]()
+
+        async def ask(self: RolloutServers, http: Any, url: str, *given: Any) -> Sampled:
+            found = await own(self, http, url, *given)
+            while url == slow.url and answered[fast.url] < len(PROMPTS) // 2:
+                await asyncio.sleep(0.01)
+            for _ in range(20 * (url == slow.url)):  # the first server is done, and its time taken
+                await asyncio.sleep(0)
+            clock[0] += 10.0 if url == slow.url else 1.0
+            answered[url] += 1
+            return found
+
+        monkeypatch.setattr(RolloutServers, "_ask", ask)
         client.servers.write_weights()
-        for number in range(rollouts):
+        uniforms = sampling_uniforms(0, 3, (len(PROMPTS), GROUP, NEW))
+        for number in range(3):
             assert not client.said
+            answered.clear()
             sampled = client.servers.sample(PROMPTS, uniforms, number)
-            speeds = client.servers.speeds
-            most = sum(len(ids) for one in sampled[1::2] for ids in one.responses)
-            assert 0 < speeds["rollout/server_tokens_per_second/2"] < most
-            assert speeds["rollout/server_tokens_per_second/1"] > speeds["rollout/server_tokens_per_second/2"]
+            tokens = [sum(len(ids) for one in sampled[first::2] for ids in one.responses) for first in (0, 1)]
+            name = "rollout/server_tokens_per_second"
+            assert client.servers.speeds == pytest.approx({f"{name}/1": tokens[0] / 2, f"{name}/2": tokens[1] / 22})
         assert len(client.said) == 1 and slow.url in client.said[0] and fast.url not in client.said[0]
+        answered.clear()
         client.servers.sample(PROMPTS, uniforms)
         assert client.servers.speeds == {}  # of a validation
 
