@@ -16,11 +16,14 @@ from os.path import commonprefix
 from typing import Any, NamedTuple, TypeVar
 
 from sheeprlhf.data.rows import (
+    CONVERSATION_EXTRAS,
     SPELLINGS,
+    STEPS,
     DropRowError,
     MissingColumnError,
     PreferenceExample,
     TemplatedExample,
+    has_value,
     number,
     printable,
     text,
@@ -279,13 +282,20 @@ AnyExample = TypeVar("AnyExample", PreferenceExample, ConversationExample)
 
 
 def has_messages(row: Mapping[str, Any]) -> bool:
-    """True if a row is a conversation: it has a column of messages, or messages in place of a text."""
-    if any(row.get(column) is not None for column in ("messages", "conversations")):
+    """True if a row has messages, in a column for them or in place of a text, or system text or tools of a prompt."""
+    if any(row.get(column) is not None for column in ("messages", "conversations")) or extra_of_prompt(row):
         return True
     values = [row.get(column) for column in ("prompt", "response", "chosen", "rejected")]
     ranked = row.get("responses")
     values += ranked if isinstance(ranked, list | tuple) else []
     return any(_is_message_list(value) for value in values)
+
+
+def extra_of_prompt(row: Mapping[str, Any]) -> str | None:
+    """The column, system or tools, that makes a conversation of a prompt; None for other rows."""
+    if not has_value(row.get("prompt")) or row.get(STEPS[0]) is not None:
+        return None
+    return next((name for name in CONVERSATION_EXTRAS if has_value(row.get(name))), None)
 
 
 def read_conversation(row: Mapping[str, Any], *, as_prompt: bool = False) -> ConversationExample:
@@ -384,9 +394,13 @@ def render_example(
     texts = list(strings_of((example.context, example.tools, example.following, _all_answers(example))))
     if any(token in text for text in texts for token in special):
         raise DropRowError("special_tokens_in_messages")
-    unused = (*example.unused, *render.check_keys([*example.context, *_all_answers(example), *example.following]))
+    messages = [*example.context, *_all_answers(example), *example.following]
+    roles = {message["role"] for message in messages}
+    unused = (*example.unused, *render.check_keys(messages))
     prompt = render(example.context, ask=True)
     unused += tuple(render.unwritten(example.context, prompt))
+    remarks = [f"not used: {printable([name])}" for name in unused]
+    remarks += [f"unknown role: {role}" for role in sorted(roles - {*ROLES.values()})]
 
     def answer(message: Message | None, following: Sequence[Message] = ()) -> str | None:
         if message is None:
@@ -409,7 +423,7 @@ def render_example(
         ranked=None if example.ranked is None else tuple(str(answer(message)) for message in example.ranked),
         margin=example.margin,
         label=example.label,
-        unused=unused,
+        remarks=tuple(remarks),
         untrained=earlier if example.response is not None else 0,
     )
 

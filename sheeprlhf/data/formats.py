@@ -9,7 +9,7 @@ prompt too.
 from collections.abc import Mapping
 from typing import Any
 
-from sheeprlhf.data.conversation import ConversationExample, has_messages, margin_of, read_conversation
+from sheeprlhf.data.conversation import ConversationExample, extra_of_prompt, has_messages, margin_of, read_conversation
 from sheeprlhf.data.rows import (
     CONVERSATION_EXTRAS,
     STEPS,
@@ -24,6 +24,7 @@ from sheeprlhf.data.rows import (
     text,
     texts,
 )
+from sheeprlhf.utils.chat_templates import check_has_template
 from sheeprlhf.utils.errors import DataError
 
 MARK = "TL;DR:"  # of summarization
@@ -64,6 +65,7 @@ def format_row(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | Co
     """The row as it is; messages go through the chat template. Raises DataError and DropRowError."""
     row = best_first(row)
     if has_messages(row):
+        _check_template(row, tokenizer)
         return read_conversation(row)
     row = _named(row)
     if row.get(STEPS[0]) is not None:
@@ -93,6 +95,7 @@ def format_prompt(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample |
     """As `format_row`, for tasks that sample: responses may be missing, messages may end with the user's."""
     row = best_first(row)
     if has_messages(row):
+        _check_template(row, tokenizer)
         return read_conversation(row, as_prompt=True)
     row = _named(row)
     if any(row.get(column) is not None for column in ("response", "chosen", "rejected", "responses")):
@@ -100,12 +103,19 @@ def format_prompt(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample |
     return PreferenceExample(text(row, "prompt"))
 
 
+def _check_template(row: Mapping[str, Any], tokenizer: Any) -> None:
+    """Raise DataError if there is no chat template for what makes a conversation of a prompt."""
+    if (name := extra_of_prompt(row)) is not None:
+        joined = f"'data.columns={{prompt: [{name}, prompt]}}' joins to the prompt and " if name == "system" else ""
+        check_has_template(tokenizer, f"column '{name}', which {joined}'data.ignore_columns=[{name}]' leaves out,")
+
+
 def _named(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """A row of texts under the names that are read here; two dialogues get their common start as prompt."""
     row = dict(row)
     for name in CONVERSATION_EXTRAS:
         if has_value(row.get(name)):
-            raise DataError(f"column '{name}' is read next to messages, and this row has none; write some")
+            raise DataError(f"column '{name}' is read next to messages or a prompt, and this row has none; write one")
     if row.get("chosen") is None and row.get("rejected") is None and row.get("rejected_response") is not None:
         row |= {"chosen": row.get("response"), "rejected": row["rejected_response"]}
     chosen, rejected = row.get("chosen"), row.get("rejected")

@@ -37,7 +37,7 @@ TEXT = "text"  # alone: a text without a prompt
 INPUT = "input"  # next to an instruction: the second paragraph of its prompt
 JOINT = "\n\n"  # between the columns of one text
 _RESPONSES = ("response", "chosen", "rejected", "responses")
-_LISTS = (*CONVERSATION_COLUMNS, "responses", *RANKINGS, *STEPS)  # csv and parquet may hold them as JSON text
+_LISTS = (*CONVERSATION_COLUMNS, "responses", *RANKINGS, *STEPS, "tools")  # csv and parquet may hold them as JSON text
 SCORES = ("score_chosen", "score_rejected")  # their difference is the margin of a pair
 MESSAGE_KEY = "messages."  # begins a name of data.ignore_columns that means a key of messages
 _MESSAGE_EXTRAS = {"system_prompt": "system", "system_message": "system", "functions": "tools"}
@@ -93,7 +93,7 @@ class RowLayout:
         as_named = {
             *COLUMNS,
             *CONVERSATION_COLUMNS,
-            *(CONVERSATION_EXTRAS if _is_conversation(values, sources) else ()),
+            *(CONVERSATION_EXTRAS if self._can_be_conversation(values, sources) else ()),
         }
         as_named = (as_named - used - set(sources)) | set(self._more)
         row = {name: value for name, value in values.items() if name in as_named}
@@ -167,6 +167,14 @@ class RowLayout:
                 sources["response"] = (response,)
         return sources
 
+    def _can_be_conversation(self, values: Mapping[str, Any], sources: Sources) -> bool:
+        """True if a row has messages, in a column for them or in place of a text, or a prompt."""
+        texts = {*TEXT_COLUMNS, *(column for of in sources.values() for column in of)}
+        prompts = () if self._kind == "stepwise" else sources.get("prompt", ("prompt",))
+        return any(values.get(name) is not None for name in (*CONVERSATION_COLUMNS, *prompts)) or any(
+            isinstance(values.get(name), list | dict) for name in texts
+        )
+
     def _check_texts(self) -> None:
         """Raise DataError if the task does not learn texts without a prompt."""
         if self._kind != "sft":
@@ -182,10 +190,11 @@ class RowLayout:
         fix = f"leave it out by 'data.ignore_columns=[{','.join([*sorted(self._ignored), name])}]'"
         place = MEANING_COLUMNS[name]
         if place and isinstance(row.get("prompt"), str):
-            prompt = sources.get("prompt", ("prompt",))
+            prompt = sources.get("prompt", ("prompt",) if row["prompt"] else ())
             joined = (name, *prompt) if place == "before" else (*prompt, name)
             fix = f"put it into the prompt by {mapping_text({**sources, 'prompt': joined})}, or {fix}"
-        elif extra := _MESSAGE_EXTRAS.get(name):
+        extra = _MESSAGE_EXTRAS.get(name)
+        if extra and self._can_be_conversation(row, {}):
             fix = f"read it by {mapping_text({**sources, extra: (name,)})}, or {fix}"
         raise DataError(f"column '{name}' is not read here, and it changes what the row means; {fix}")
 
@@ -228,11 +237,10 @@ class RowLayout:
 
 
 def _ask_as_conversation(row: dict[str, Any], values: Mapping[str, Any]) -> set[str]:
-    """Make messages of an Alpaca row with system text or history; return these columns. Raises DataError."""
-    read = {name for name in ("system", HISTORY) if has_value(values.get(name))}
-    if not read or not isinstance(row.get("prompt"), str):
-        return read
-    history = values.get(HISTORY) or []
+    """Make messages of an Alpaca row with history; return the columns that it reads. Raises DataError."""
+    history = values.get(HISTORY)
+    if not has_value(history) or not isinstance(row.get("prompt"), str):
+        return set()
     if isinstance(history, str):
         with suppress(ValueError, RecursionError):
             history = json.loads(history)
@@ -240,8 +248,9 @@ def _ask_as_conversation(row: dict[str, Any], values: Mapping[str, Any]) -> set[
         raise DataError(f"column '{HISTORY}' must be a list of pairs, [question, answer]; write it so")
     roles = ("user", "assistant")
     turns = [{"role": role, "content": text} for turn in history for role, text in zip(roles, turn, strict=True)]
-    row |= {"prompt": [*turns, {"role": "user", "content": row["prompt"]}], "system": values.get("system")}
-    return read
+    if turns:
+        row["prompt"] = [*turns, {"role": "user", "content": row["prompt"]}]
+    return {HISTORY}
 
 
 def _layout_of(row: Mapping[str, Any], columns: Sequence[str]) -> str:
@@ -262,14 +271,6 @@ def _layout_of(row: Mapping[str, Any], columns: Sequence[str]) -> str:
     else:
         kind = "prompt and response" if "response" in has else "prompt"
     return f"{kind}: {printable(columns)}"
-
-
-def _is_conversation(values: Mapping[str, Any], sources: Sources) -> bool:
-    """True if a row has messages, in a column for them or in place of a text."""
-    texts = {*TEXT_COLUMNS, *(column for of in sources.values() for column in of)}
-    return any(values.get(name) is not None for name in CONVERSATION_COLUMNS) or any(
-        isinstance(values.get(name), list | dict) for name in texts
-    )
 
 
 def _messages_in_text(value: Any) -> list[Any] | None:

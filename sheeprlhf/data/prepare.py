@@ -57,7 +57,7 @@ from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, BoundToThis, st
 from sheeprlhf.utils.rendering import fixed_arguments
 
 FEWEST_FREQUENT = 4  # rows; with fewer, a prompt that has most of them says nothing
-FORMAT_VERSION = 16  # raise it whenever the code makes other rows, or another report, of the same input
+FORMAT_VERSION = 17  # raise it whenever the code makes other rows, or another report, of the same input
 _ROWS_TO_JUDGE = 1_000  # before preparing ends early since the chat template refuses most of them
 NOTHING_KEPT = KeptColumns()
 _PREFERENCES = ("train", "reward")
@@ -680,7 +680,7 @@ def _added(reports: Sequence[Report]) -> Report:
     for report in reports:
         for name, value in report.items():
             before = total.get(name)
-            if name in ("dropped", "truncated", "unused", "labels"):
+            if name in ("dropped", "truncated", "remarks", "labels"):
                 total[name] = value | {key: count + value.get(key, 0) for key, count in (before or {}).items()}
             elif name == "first_dropped":
                 total[name] = value | (before or {})

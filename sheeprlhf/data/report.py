@@ -42,7 +42,7 @@ class SplitCount:
         self.first_dropped: dict[str, str] = {}
         self.truncated = Counter(prompt=0, response=0)
         self.labels = Counter(desirable=0, undesirable=0, pairs=0)
-        self.unused: Counter[str] = Counter()
+        self.remarks: Counter[str] = Counter()
         self.further_texts = 0
 
     def add(self, row: TokenRow, dropped: str | None, duplicate: bool) -> None:
@@ -74,7 +74,7 @@ class SplitCount:
         self.truncated.update(row.cut)
         self.labels.update("desirable" if label else "undesirable" for label in row.desirable)
         self.labels["pairs"] += len(row.desirable) == 2
-        self.unused.update(row.unused)
+        self.remarks.update(row.remarks)
 
     def report(self, split: TokenizedSplit | None) -> Report:
         """The split's part of the report; `split` is None if no row was kept."""
@@ -89,7 +89,7 @@ class SplitCount:
             "first_dropped": dict(sorted(self.first_dropped.items())),
             "truncated": dict(self.truncated),
             "eos_share": numbers["ended_responses"] / numbers["responses"] if numbers["responses"] else None,
-            "unused": dict(sorted(self.unused.items())),
+            "remarks": dict(sorted(self.remarks.items())),
         }
         if any(self.labels.values()):
             part["labels"] = dict(self.labels)
@@ -228,8 +228,8 @@ def render_report(report: Report) -> str:
     for key, label in labels.items():
         if any(part.get(key) for part in parts):
             line(label, [part.get(key, 0) for part in parts])
-    for name in sorted({name for part in parts for name in part.get("unused", {})}):
-        line(f"not used: {printable([name])}", [part.get("unused", {}).get(name, 0) for part in parts])
+    for remark in sorted({remark for part in parts for remark in part["remarks"]}):
+        line(remark, [part["remarks"].get(remark, 0) for part in parts])
     if any("labels" in part for part in parts):
         for name in ("desirable", "undesirable"):
             line(f"{name} examples", [part.get("labels", {}).get(name, 0) for part in parts])

@@ -17,7 +17,7 @@ COLUMNS = ("prompt", "response", "chosen", "rejected", "responses", "margin", "m
 TEXT_COLUMNS = COLUMNS[:4]
 STEPS = ("completions", "labels")  # columns of the steps of a response, and of their labels
 CONVERSATION_COLUMNS = ("messages", "conversations")  # hold a conversation
-CONVERSATION_EXTRAS = ("system", "tools")  # read where a row holds a conversation
+CONVERSATION_EXTRAS = ("system", "tools")  # read next to messages or a prompt, and make a conversation of it
 RANKINGS = ("ranks", "scores")  # of responses: 1 is the best rank, the highest score is the best
 MEANING_COLUMNS = {  # change what a row means -> where they belong in a prompt, if text; "" where they do not
     "input": "after",
@@ -64,7 +64,7 @@ class PreferenceExample(NamedTuple):
     ranked: tuple[str, ...] | None = None  # instead of a pair, two or more answers, best first
     margin: float = 0.0  # how much better the chosen answer is, in units of a reward model's score
     label: Any = None  # whether `response` is desirable, by the row's column; for tasks of unpaired data only
-    unused: tuple[str, ...] = ()  # names of the parts of the row that nothing reads
+    remarks: tuple[str, ...] = ()  # for the data report, which counts the rows of each
     untrained: int = 0  # answers of earlier turns, which are part of the prompt
     turns: tuple[str, ...] = ()  # of a conversation, behind `response`: text and an answer to learn, in turn
     steps: tuple[str, ...] = ()  # of a response; `label` has for each of them if it is right

@@ -242,7 +242,7 @@ class TokenRow(NamedTuple):
     templated: bool = False  # the row went through the chat template
     is_text: bool = False  # it is a text without a prompt, of which all tokens are learned
     mismatch: str = ""  # what its ids do not decode to, "prompt" or "response"; empty if they do
-    unused: tuple[str, ...] = ()  # names of the parts of the row that nothing reads
+    remarks: tuple[str, ...] = ()  # for the data report, which counts the rows of each
     untrained: int = 0  # answers of earlier turns, which are not learned
     is_further: bool = False  # it has another answer of the row, or another part of its text, than the first
     num_joined: int = 0  # answers to learn behind the first that are in the same response
@@ -449,7 +449,7 @@ class RowTokenizer:
             before = [token for part in (ids.prompt, *parts[:number]) for token in part]
             own = example._replace(prompt=example.prompt + "".join(texts[:number]), turns=())
             if number:
-                own = own._replace(unused=(), untrained=0)
+                own = own._replace(remarks=(), untrained=0)
             one = pieces._replace(
                 example=own,
                 responses=(texts[number],),
@@ -512,7 +512,7 @@ class RowTokenizer:
             templated=pieces.templated,
             is_text=not example.prompt,
             mismatch=ids.mismatch,
-            unused=example.unused,
+            remarks=example.remarks,
             untrained=example.untrained if self.kind == "sft" else 0,
             is_further=pieces.is_further,
             num_joined=len(turns) // 2,
@@ -579,7 +579,7 @@ class RowTokenizer:
             part = row._replace(tokens=tokens, sizes=sizes, num_eos=num_eos)
             if start:
                 digest = int.from_bytes(_digest(f"{row.digest} {start}")[:8], "big")
-                part = part._replace(digest=digest, is_further=True, unused=())
+                part = part._replace(digest=digest, is_further=True, remarks=())
             parts.append(part)
         return parts
 
@@ -616,10 +616,10 @@ class RowTokenizer:
 
 
 def _as_further(row: _Pieces | TokenRow) -> _Pieces | TokenRow:
-    """A row with another answer than the first of its source row, which alone tells what nothing reads."""
+    """A row with another answer than the first of its source row, which alone has the remarks."""
     if isinstance(row, TokenRow):
         return row._replace(is_further=True)
-    return row._replace(is_further=True, example=row.example._replace(unused=()))
+    return row._replace(is_further=True, example=row.example._replace(remarks=()))
 
 
 def _join_answers(answers: Sequence[PreferenceExample], ends: tuple[str, ...]) -> list[PreferenceExample]:

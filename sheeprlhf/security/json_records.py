@@ -224,7 +224,7 @@ STATE = Schema(
 )
 _SPLIT = {  # all other fields are counts, too
     **dict.fromkeys(("read", "kept", "templated_rows?", "trained_tokens?", "prompts_alone?"), Count),
-    **dict.fromkeys(("dropped?", "truncated?", "unused?", "labels?"), dict[str, Count]),
+    **dict.fromkeys(("dropped?", "truncated?", "remarks?", "labels?", "unused?"), dict[str, Count]),
     **{"first_dropped?": dict[str, str], "tokens?": dict[str, dict[str, float]], "eos_share?": float | None},
 }
 _REPORT = {"splits": _each(_SPLIT), **{"columns?": dict[str, dict[str, Any]], "mix?": list[dict[str, Any]]}}

@@ -1,6 +1,7 @@
 """Conversations: every layout becomes the prompt and the answer that the chat template writes for it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ PAIRS = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_layouts_of_preferences(name: str) -> None:
     made = run(PAIRS[name], "preference")
-    assert (made.unused, made.untrained) == ((), 0)
+    assert (made.remarks, made.untrained) == ((), 0)
     assert read(PAIRS[name], "preference") == [QUESTION, f"yes{END}", f"no{END}"]
     assert read(PAIRS[name], "sft") == [QUESTION, f"yes{END}"]
     assert read(PAIRS[name], "prompts")[0] == QUESTION
@@ -201,7 +202,7 @@ def test_tools_and_calls_reach_the_template(arguments: Any, content: str | None)
     row = {"messages": [USER, asks, result, ANSWER], "tools": json.dumps(TOOLS)}
     prompt = head + turn("assistant", called) + turn("tool", "3") + ASKED
     assert read(row, template=CHAT) == [prompt, f"<think></think>yes{END}"]
-    assert run(row, template=CHAT).unused == ("messages.tool_call_id",)
+    assert run(row, template=CHAT).remarks == ("not used: messages.tool_call_id",)
     given = {"from": "function_call", "value": json.dumps({"name": "f", "arguments": arguments})}
     if content is None:
         sharegpt = [{"from": "human", "value": "ask"}, given, {"from": "observation", "value": "3"}, ANSWER]
@@ -255,7 +256,7 @@ def test_the_option_of_the_arguments_is_checked(given: Any) -> None:
 def test_a_message_marked_bad_is_never_a_target(key: str) -> None:
     talk = [USER, ANSWER | {key: 1}, USER | {"content": "more"}, OTHER | {key: 0}]
     assert read({"messages": talk}, template=CHAT) == [QUESTION, f"yes{END}"]  # as rendered before a later question
-    assert run({"messages": talk}, template=CHAT).unused == ("messages after the answer",)
+    assert run({"messages": talk}, template=CHAT).remarks == ("not used: messages after the answer",)
     talk[3] = OTHER | {key: True}
     assert read({"messages": talk})[1] == f"no{END}"
     assert run({"messages": talk}).untrained == 1
@@ -368,7 +369,7 @@ REFUSED = {
     "two systems": ({"messages": [USER | {"role": "system"}, USER, ANSWER], "system": "Be brief."}, "'system'"),
     "no call": ({"conversations": [USER, {"from": "function_call", "value": "f(x)"}]}, "function call"),
     "text with tools": ({"prompt": "p", "response": "r", "tools": TOOLS}, "column 'tools'"),
-    "text with system": ({"prompt": "p", "response": "r", "system": "Be brief."}, "column 'system'"),
+    "system without a prompt": ({"chosen": "p", "rejected": "r", "system": "Be brief."}, "column 'system'"),
     "tools of text": ({"messages": [USER, ANSWER], "tools": "f"}, "column 'tools'"),
     "surrogate": ({"messages": [USER, ANSWER | {"name": "\udc00"}]}, "surrogate"),
 }
@@ -413,9 +414,74 @@ def test_what_is_not_used_is_reported(tmp_path: Path) -> None:
     rows.append({"messages": [USER | {"mood": "glad"}, ANSWER]})
     prepared = prepare(local(tmp_path, rows), byte_tokenizer(template=no_system))
     part = prepared.report["splits"]["train"]
-    assert part["unused"] == {"messages of role system": 1, "messages.mood": 1}
+    assert part["remarks"] == {"not used: messages of role system": 1, "not used: messages.mood": 1}
     assert part["untrained_answers"] == 1
     assert "messages.mood" in render_report(prepared.report)
+
+
+def test_unknown_roles_are_written_and_counted(tmp_path: Path) -> None:
+    talk = [{"role": "customer", "content": "ask"}, {"role": "customer", "content": "more"}, ANSWER]
+    rows = [
+        {"messages": talk},
+        {"messages": [USER, *talk[:1], ANSWER]},
+        {"messages": [{"role": "Human", "content": "a"}, ANSWER]},
+    ]
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    prepared = prepare(local(tmp_path, rows), tokenizer)
+    assert prepared.report["splits"]["train"]["remarks"] == {"unknown role: customer": 2}
+    assert texts(prepared, tokenizer)[0][0] == turn("customer", "ask") + turn("customer", "more") + ASKED
+    assert re.search(r"unknown role: customer +2\n", render_report(prepared.report))
+
+
+SYSTEM_COLUMN = {  # row, kind, answers, data.columns
+    "response": ({"prompt": "ask", "system": "Be brief.", "response": "yes"}, "sft", ["yes"], None),
+    "answer": ({"question": "ask", "system": "Be brief.", "answer": "yes"}, "sft", ["yes"], None),
+    "pair": (
+        {"prompt": "ask", "system": "Be brief.", "chosen": "yes", "rejected": "no"},
+        "preference",
+        ["yes", "no"],
+        None,
+    ),
+    "label": ({"prompt": "ask", "system": "Be brief.", "response": "yes", "label": True}, "unpaired", ["yes"], None),
+    "prompt": ({"prompt": "ask", "system": "Be brief."}, "prompts", [], None),
+    "renamed": (
+        {"topic": "ask", "context": "Be brief.", "response": "yes"},
+        "sft",
+        ["yes"],
+        {"prompt": "topic", "system": "context"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEM_COLUMN)
+def test_a_system_text_next_to_a_prompt_is_the_system_turn(name: str, tmp_path: Path) -> None:
+    row, kind, answers, columns = SYSTEM_COLUMN[name]
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    prepared = prepare(local(tmp_path, [row], columns=columns), tokenizer, kind)
+    assert texts(prepared, tokenizer) == [(SYSTEM, *(text + END for text in answers))]
+    assert prepared.report["columns"]["not_read"] == {}
+
+
+def test_advice_on_a_system_text_next_to_a_prompt_works(tmp_path: Path) -> None:
+    rows, plain = [{"prompt": "ask", "system": "Be brief.", "response": "yes"}], byte_tokenizer()
+    with pytest.raises(DataError, match=r"model\.chat_template") as caught:
+        prepare(local(tmp_path, rows), plain)
+    assert "'data.columns={prompt: [system, prompt]}'" in str(caught.value)
+    joined = prepare(local(tmp_path, rows, columns={"prompt": ["system", "prompt"]}), plain)
+    assert texts(joined, plain) == [("Be brief.\n\nask", "yes" + END)]
+    left_out = prepare(local(tmp_path, rows, ignore_columns=["system"]), plain)
+    assert texts(left_out, plain) == [("ask", "yes" + END)]
+    rows = [{"text": "yes", "system": "Be brief."}]
+    with pytest.raises(DataError, match=r"'data\.columns=\{response: text, prompt: system\}'"):
+        prepare(local(tmp_path, rows), plain)
+    made = prepare(local(tmp_path, rows, columns={"response": "text", "prompt": "system"}), plain)
+    assert texts(made, plain) == [("Be brief.", "yes" + END)]
+    rows = [{"prompt": "ask", "response": "yes", "system_prompt": "Be brief.", "tools": "[]"}]
+    with pytest.raises(DataError, match=r"'data\.columns=\{system: system_prompt\}'"):
+        prepare(local(tmp_path, rows), plain)
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    made = prepare(local(tmp_path, rows, columns={"system": "system_prompt"}), tokenizer)
+    assert texts(made, tokenizer) == [(SYSTEM, "yes" + END)]
 
 
 def test_lists_in_parquet_and_in_csv(tmp_path: Path) -> None:
