@@ -96,8 +96,39 @@ def test_it_is_found_with_options(name: str, tmp_path: Path, model_folder: Model
     check_found(task, words, tmp_path, model_folder)
 
 
+@pytest.mark.nightly
+def test_the_overlong_penalty_shortens_responses(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Small letters are worth 1 at every length; with the penalty, only in responses of two tokens at most."""
+    words = ["reward.path=tests.support.rewards:letters", "generation.max_new_tokens=8", *OF_TASK["grpo"]]
+    without = metrics_of("grpo", words, tmp_path / "without", model_folder)
+    found = metrics_of("grpo", [*words, "reward.overlong_buffer=6"], tmp_path / "with", model_folder)
+    assert min(without["rollout/length"]) > 6
+    assert found["objective/scores"][0] < 0 < 0.9 < np.mean(found["objective/scores"][-5:])
+    assert np.mean(found["rollout/length"][-5:]) < 4
+    assert found["val/scores"][-1] >= 0.95
+
+
+@pytest.mark.nightly
+def test_truncated_responses_do_not_teach(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Small letters pay in responses that end, capitals in those that are cut, which are most of them at the start."""
+    words = ["reward.path=tests.support.rewards:small_or_capital", "generation.max_new_tokens=8", *OF_TASK["grpo"]]
+    words += [f"generation.stop_strings={[str(digit) for digit in range(10)]}"]
+    without = metrics_of("grpo", words, tmp_path / "without", model_folder)
+    found = metrics_of("grpo", [*words, "task.mask_truncated=true"], tmp_path / "with", model_folder)
+    assert found["rollout/finished"][0] == without["rollout/finished"][0] < 0.5
+    assert without["rollout/finished"][-1] < 0.1 and found["rollout/finished"][-1] > 0.9
+    assert found["val/scores"][-1] >= 0.95
+
+
 def check_found(task: str, options: list[str], tmp_path: Path, model_folder: ModelFolder) -> None:
     """Train: scores are below 0.6 in the first rollout, and at least 0.95 in the last validation."""
+    found = metrics_of(task, options, tmp_path, model_folder)
+    assert found["objective/scores"][0] < 0.6
+    assert found["val/scores"][-1] >= 0.95
+
+
+def metrics_of(task: str, options: list[str], tmp_path: Path, model_folder: ModelFolder) -> dict[str, list[float]]:
+    """Train 160 optimizer steps; the metrics."""
     words = [
         "task.rollout_size=64",
         "task.mini_batch_size=32",
@@ -111,8 +142,10 @@ def check_found(task: str, options: list[str], tmp_path: Path, model_folder: Mod
         "optim.schedule=constant",
         *options,
     ]
+    tmp_path.mkdir(exist_ok=True)
     rows = write_rows(tmp_path / "rows.jsonl")
     found = figures(train(model_folder(), rows, tmp_path / "run", *words, task=task))
-    print(found["objective/scores"][:3], found["objective/scores"][-3:], found["val/scores"])
-    assert found["objective/scores"][0] < 0.6
-    assert found["val/scores"][-1] >= 0.95
+    for name in ("objective/scores", "rollout/length", "rollout/finished"):
+        print(name, found[name][:3], found[name][-3:])
+    print("val/scores", found["val/scores"])
+    return found

@@ -18,6 +18,16 @@ def letter_tokens(responses: list[str], completion_ids: list[list[int]]) -> list
     return [[0.25 * (64 <= token <= 89) for token in ids] for ids in completion_ids]
 
 
+def small_or_capital(responses: list[str], completion_ids: list[list[int]]) -> list[float]:
+    """The share of small letters in a response that a digit ended, of capitals in one that was cut.
+
+    Of tokens of `byte_tokenizer`, as above.
+    """
+    ended = [15 <= ids[-1] <= 24 for ids in completion_ids]
+    wanted = [string.ascii_lowercase if of_digit else string.ascii_uppercase for of_digit in ended]
+    return [sum(c in right for c in text) / max(1, len(text)) for text, right in zip(responses, wanted, strict=True)]
+
+
 def spread(prompts: list[str], responses: list[str]) -> list[float]:
     """Another number for nearly every response."""
     return [sum((i + 1) * ord(c) % 97 for i, c in enumerate(response)) % 53 / 53 for response in responses]
