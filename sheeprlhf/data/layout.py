@@ -8,8 +8,11 @@ that is not read is counted for the data report; one that changes what a row mea
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
-from typing import Any
+from functools import lru_cache
+from types import NoneType
+from typing import Any, NamedTuple
 
 from sheeprlhf.data.rows import (
     COLUMNS,
@@ -47,6 +50,15 @@ INSTRUCTION, HISTORY = "instruction", "history"  # the layout of Alpaca; its ear
 _NOTHING_KEPT = KeptColumns()
 
 Sources = dict[str, tuple[str, ...]]
+Shape = tuple[tuple[str, type], ...]  # names of a row's columns, with the types of their values
+
+
+class _Reading(NamedTuple):
+    """How the rows of one shape are read."""
+
+    sources: Sources  # columns that make texts of other names
+    as_named: frozenset[str]  # columns that are read under their own names
+    used: frozenset[str]  # all columns that are read
 
 
 class RowLayout:
@@ -77,25 +89,20 @@ class RowLayout:
         # rows that have a value in a column that is not read, by the column's name
         self.unread: Counter[str] = Counter()
         self.undesirable = 0
-        self.layouts: Counter[str] = Counter()  # rows of each layout, by what they hold and the columns that hold it
+        # rows of each layout, by what they hold and the columns that hold it
+        self.layouts: Counter[tuple[str, tuple[str, ...]]] = Counter()
         # rows in which a text was made of columns of other names, by a description
         self.sources: Counter[str] = Counter()
         self.numbers: Counter[str] = Counter()  # rows in which a whole number was read as text, by column
         self._seen: set[str] = set()
+        self._reading = lru_cache(maxsize=1000)(self._reading_of)
 
     def __call__(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         """One row's columns under the names that formats read, and the unread ones. Raises DataError if ambiguous."""
         self._seen.update(values)
         self.available.update(dict.fromkeys(values))
         values = {name: value for name, value in values.items() if name not in self._ignored}
-        sources = self._sources(values) if self._own_files else {}
-        used = {name for of in sources.values() for name in of}
-        as_named = {
-            *COLUMNS,
-            *CONVERSATION_COLUMNS,
-            *(CONVERSATION_EXTRAS if self._can_be_conversation(values, sources) else ()),
-        }
-        as_named = (as_named - used - set(sources)) | set(self._more)
+        sources, as_named, used = self._reading(_shape(values))
         row = {name: value for name, value in values.items() if name in as_named}
         for name, of in sources.items():
             if any(column in values for column in of):
@@ -103,15 +110,15 @@ class RowLayout:
         if sources.get("response") == (TEXT,) and "prompt" not in sources and not self._given:
             row["prompt"] = ""
         if sources.get("prompt", ("",))[0] == INSTRUCTION and not self._given:
-            used |= _ask_as_conversation(row, values)
-        used_up = as_named | used | set(self.kept.names)
-        unread = tuple(name for name, value in values.items() if name not in used_up and has_value(value))
-        if self._own_files and any(row.get(name) is not None for name in ("prompt", *CONVERSATION_COLUMNS)):
-            self._check_meaning(unread, row, sources)  # a row without either is an error of its own
+            used = used | _ask_as_conversation(row, values)
+        others = [name for name in values if name not in used and name not in self.kept.names]
+        unread = tuple(name for name in others if has_value(values[name]))
         if self._own_files:
+            if any(row.get(name) is not None for name in ("prompt", *CONVERSATION_COLUMNS)):
+                self._check_meaning(unread, row, sources)  # a row without either is an error of its own
             self._convert(row)
-            read = [name for name, value in values.items() if name in as_named | used and value is not None]
-            self.layouts[_layout_of(row, read)] += 1
+            read = tuple(name for name, value in values.items() if value is not None and name in used)
+            self.layouts[_layout_of(row), read] += 1
         if self._ignored_keys:
             row = {name: _without_keys(value, self._ignored_keys) for name, value in row.items()}
         unread = () if self.kept.every else unread
@@ -133,11 +140,21 @@ class RowLayout:
             has = printable(sorted(self._seen)) or "no columns"
             raise DataError(f"data.columns names {printable(unseen)}, which no row has; the rows have {has}")
 
-    def _sources(self, values: Mapping[str, Any]) -> Sources:
-        """The columns that make each text of a row: those of `data.columns`, else those of a known layout."""
+    def _reading_of(self, shape: Shape) -> _Reading:
+        """How rows of one shape are read. Raises DataError if columns could mean several things."""
+        names = [name for name, _ in shape]
+        has = {name for name, kind in shape if kind is not NoneType}
+        sources = self._sources(names, has) if self._own_files else {}
+        used = {name for of in sources.values() for name in of}
+        extras = CONVERSATION_EXTRAS if self._can_be_conversation(shape, sources) else ()
+        as_named = {*COLUMNS, *CONVERSATION_COLUMNS, *extras}
+        as_named = (as_named - used - set(sources)) | set(self._more)
+        return _Reading(sources, frozenset(as_named), frozenset(as_named | used))
+
+    def _sources(self, names: Sequence[str], has: AbstractSet[str]) -> Sources:
+        """The columns that make each text of a row, of `data.columns` or a known layout; `has`: those with a value."""
         if self._given:
             return self._given
-        has = {name for name, value in values.items() if value is not None}
         if has & set(CONVERSATION_COLUMNS):
             return {}
         answers = has & set(_RESPONSES)
@@ -162,17 +179,19 @@ class RowLayout:
             return {"response": (TEXT,)}
         sources: Sources = {}
         for prompt, response in pairs.items():
-            sources["prompt"] = (prompt, INPUT) if prompt == "instruction" and INPUT in values else (prompt,)
+            sources["prompt"] = (prompt, INPUT) if prompt == "instruction" and INPUT in names else (prompt,)
             if response:
                 sources["response"] = (response,)
         return sources
 
-    def _can_be_conversation(self, values: Mapping[str, Any], sources: Sources) -> bool:
+    def _can_be_conversation(self, shape: Shape, sources: Sources) -> bool:
         """True if a row has messages, in a column for them or in place of a text, or a prompt."""
-        texts = {*TEXT_COLUMNS, *(column for of in sources.values() for column in of)}
         prompts = () if self._kind == "stepwise" else sources.get("prompt", ("prompt",))
-        return any(values.get(name) is not None for name in (*CONVERSATION_COLUMNS, *prompts)) or any(
-            isinstance(values.get(name), list | dict) for name in texts
+        texts = {*TEXT_COLUMNS, *(column for of in sources.values() for column in of)}
+        return any(
+            (name in (*CONVERSATION_COLUMNS, *prompts) and kind is not NoneType)
+            or (name in texts and issubclass(kind, (list, dict)))
+            for name, kind in shape
         )
 
     def _check_texts(self) -> None:
@@ -194,22 +213,21 @@ class RowLayout:
             joined = (name, *prompt) if place == "before" else (*prompt, name)
             fix = f"put it into the prompt by {mapping_text({**sources, 'prompt': joined})}, or {fix}"
         extra = _MESSAGE_EXTRAS.get(name)
-        if extra and self._can_be_conversation(row, {}):
+        if extra and self._can_be_conversation(_shape(row), {}):
             fix = f"read it by {mapping_text({**sources, extra: (name,)})}, or {fix}"
         raise DataError(f"column '{name}' is not read here, and it changes what the row means; {fix}")
 
     def _convert(self, row: dict[str, Any]) -> None:
         """Read whole numbers as text where text is expected, and lists that a file can hold only as JSON text."""
-        for name in TEXT_COLUMNS:
-            if type(row.get(name)) is int:  # a bool is not a number here
-                row[name] = str(row[name])
-                self.numbers[name] += 1
-            elif messages := _messages_in_text(row.get(name)):
-                row[name] = messages
-                self.sources[f"{name} from JSON text of messages"] += 1
-        for name in _LISTS:
-            value = row.get(name)
-            if isinstance(value, str) and value.lstrip()[:1] == "[":
+        for name, value in row.items():
+            if name in TEXT_COLUMNS:
+                if type(value) is int:  # a bool is not a number here
+                    row[name] = str(value)
+                    self.numbers[name] += 1
+                elif messages := _messages_in_text(value):
+                    row[name] = messages
+                    self.sources[f"{name} from JSON text of messages"] += 1
+            elif name in _LISTS and isinstance(value, str) and value.lstrip()[:1] == "[":
                 try:
                     row[name] = json.loads(value)
                 except (ValueError, RecursionError) as error:
@@ -222,14 +240,16 @@ class RowLayout:
         self, row: Mapping[str, Any], values: Mapping[str, Any], unread: Sequence[str], sources: Sources
     ) -> None:
         """Count what the data report tells of one row."""
-        self.unread.update(unread)
+        not_used = list(unread)
         if self._kind not in ("unpaired", "rewarded") and has_value(row.get("label")):
-            self.unread["label"] += 1
+            not_used.append("label")
             self.undesirable += str(row["label"]).strip().casefold() in ("false", "0")
         if self._kind != "preference":
-            self.unread.update(name for name in SCORES if has_value(row.get(name)))
+            not_used += [name for name in SCORES if has_value(row.get(name))]
         if row.get("responses") is None:
-            self.unread.update(name for name in RANKINGS if has_value(row.get(name)))
+            not_used += [name for name in RANKINGS if has_value(row.get(name))]
+        if not_used:
+            self.unread.update(not_used)
         for name, of in sources.items():
             of = tuple(column for column in of if has_value(values.get(column)))
             if of and of != (name,):
@@ -253,24 +273,27 @@ def _ask_as_conversation(row: dict[str, Any], values: Mapping[str, Any]) -> set[
     return {HISTORY}
 
 
-def _layout_of(row: Mapping[str, Any], columns: Sequence[str]) -> str:
-    """The layout of a row: what it holds, and the columns that hold it."""
+def _shape(values: Mapping[str, Any]) -> Shape:
+    """The shape of a row."""
+    return tuple(zip(values, map(type, values.values()), strict=True))
+
+
+def _layout_of(row: Mapping[str, Any]) -> str:
+    """What a row holds."""
     has = {name for name, value in row.items() if value is not None}
     if has & {"chosen", "rejected", "rejected_response"}:
-        kind = "preference" if has & {"prompt", *CONVERSATION_COLUMNS} else "preference, implicit prompt"
-    elif "responses" in has:
-        kind = "ranked responses"
-    elif STEPS[0] in has:
-        kind = "steps with labels"
-    elif "label" in has:
-        kind = "response with a label"
-    elif has & set(CONVERSATION_COLUMNS):
-        kind = "conversation"
-    elif row.get("prompt") == "" and "response" in has:
-        kind = "text"
-    else:
-        kind = "prompt and response" if "response" in has else "prompt"
-    return f"{kind}: {printable(columns)}"
+        return "preference" if has & {"prompt", *CONVERSATION_COLUMNS} else "preference, implicit prompt"
+    if "responses" in has:
+        return "ranked responses"
+    if STEPS[0] in has:
+        return "steps with labels"
+    if "label" in has:
+        return "response with a label"
+    if has & set(CONVERSATION_COLUMNS):
+        return "conversation"
+    if "response" not in has:
+        return "prompt"
+    return "text" if row.get("prompt") == "" else "prompt and response"
 
 
 def _messages_in_text(value: Any) -> list[Any] | None:

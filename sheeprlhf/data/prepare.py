@@ -46,7 +46,7 @@ from sheeprlhf.data.report import (
     rows_kept,
     why_none_left,
 )
-from sheeprlhf.data.rows import STEPS
+from sheeprlhf.data.rows import STEPS, printable
 from sheeprlhf.data.source import download, progress_bar, release
 from sheeprlhf.data.store import SplitWriter, TokenizedSplit, in_order
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
@@ -309,7 +309,7 @@ def _build(reading: _Reading, tokenize: RowTokenizer, folder: Path) -> None:
     }
     report: Report = {"name": cfg.config_name, "kind": tokenize.kind, "splits": parts, "notes": []}
     report["columns"] = {
-        "layouts": dict(layout.layouts.most_common()),
+        "layouts": {f"{kind}: {printable(of)}": rows for (kind, of), rows in layout.layouts.most_common()},
         "read_as": dict(layout.sources.most_common()),
         "numbers_as_text": dict(layout.numbers.most_common()),
         "not_read": dict(layout.unread.most_common()),
@@ -390,7 +390,9 @@ def _count(
         split = origin if origin != "train" else choose_split(row.shares, cfg, native)
         duplicate = row.dropped is None and next(repeated)
         dropped = DUPLICATE if duplicate and cfg.remove_same_inputs else row.dropped
-        counts.setdefault(split, SplitCount()).add(row, dropped, duplicate)
+        if split not in counts:
+            counts[split] = SplitCount()
+        counts[split].add(row, dropped, duplicate)
         if dropped is None:
             kept.setdefault(split, []).append(row)
     return kept

@@ -537,13 +537,16 @@ class RowTokenizer:
     def _masks(
         self, pieces: _Pieces, prompt: list[int], responses: list[list[int]], turns: tuple[int, ...]
     ) -> list[np.ndarray]:
-        """(R_k,) bool for each response: its tokens that count in the loss."""
+        """(R_k,) bool for each response: its tokens that count in the loss. No masks if all of them count."""
         if self.kind == "stepwise":
             return [self._find_steps(prompt, ids) for ids in responses]
+        has_reasoning = self.cfg.reasoning == "mask" and self.kind != "prompts"
+        if not turns and not has_reasoning:
+            return []
         masks = [np.ones(len(ids), dtype=bool) for ids in responses]
         if turns:
             masks[0][: sum(turns)] = np.repeat(np.arange(len(turns)) % 2 == 0, turns)
-        if self.cfg.reasoning != "mask" or self.kind == "prompts":
+        if not has_reasoning:
             return masks
         for mask, text, ids in zip(masks, pieces.responses, responses, strict=True):
             starts = np.cumsum([0, *turns])[::2].tolist()

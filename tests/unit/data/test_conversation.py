@@ -101,6 +101,12 @@ SFT = {
 }
 
 
+def learned_tokens(row: TokenRow) -> np.ndarray:
+    """The response tokens that count in the loss."""
+    responses = row.tokens[row.sizes[0] :]
+    return responses if row.trained is None else responses[row.trained]
+
+
 @pytest.mark.parametrize("name", SFT)
 def test_layouts_of_one_answer(name: str) -> None:
     row, prompt = SFT[name]
@@ -302,7 +308,7 @@ def test_a_conversation_that_is_too_long_is_divided_at_its_answers() -> None:
         made = RowTokenizer(cfg, tokenizer, "sft")([Row(0, "f line 1", {"messages": messages})])
         assert [one.dropped for one in made] == [None] * num_rows
         assert [one.num_joined for one in made] == [2 - num_rows] * num_rows
-        learned = [tokenizer.decode(one.tokens[one.sizes[0] :][one.trained]) for one in made]
+        learned = [tokenizer.decode(learned_tokens(one)) for one in made]
         assert "".join(learned) == f"yes{END}no{END}"
     prompt = tokenizer.decode(made[1].tokens[: made[1].sizes[0]])  # with the turns before it, cut at its start
     assert len(made[1].tokens) == size - 1 and whole.startswith(prompt, whole.index(prompt)) and prompt.endswith(ASKED)
@@ -322,7 +328,7 @@ def test_marked_answers_alone_are_learned(marks: tuple[bool | None, ...]) -> Non
         assert made.dropped == "no_trained_message"
         return
     learned = "".join(f"answer {number}{END}" for number, mark in enumerate(marks) if mark)
-    assert tokenizer.decode(made.tokens[made.sizes[0] :][made.trained]) == learned
+    assert tokenizer.decode(learned_tokens(made)) == learned
     assert made.untrained == marks.count(None)
     assert tokenizer.decode(made.tokens).endswith(f"answer {max(n for n, mark in enumerate(marks) if mark)}{END}")
 
@@ -332,7 +338,7 @@ def test_answers_in_a_given_prompt_are_never_learned() -> None:
     tokenizer = byte_tokenizer(template=TEMPLATE)
     limits = {"minimum_response_length": 1, "max_length": 2048, "max_prompt_length": 2000}
     made = RowTokenizer(LocalDataConfig(train_on="all", **limits), tokenizer, "sft")([Row(0, "f line 1", row)])
-    assert [tokenizer.decode(one.tokens[one.sizes[0] :][one.trained]) for one in made] == [f"no{END}yes{END}"]
+    assert [tokenizer.decode(learned_tokens(one)) for one in made] == [f"no{END}yes{END}"]
 
 
 def test_a_template_that_writes_earlier_answers_in_another_way_is_followed_turn_by_turn() -> None:
