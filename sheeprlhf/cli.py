@@ -168,6 +168,8 @@ def _message(error: Exception, debug: bool) -> str:
         return redact_text("\n".join([f"{who} cannot continue:", *(f"  - {line}" for line in lines), *notes]))
     if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
         notes = ["the locale has only ASCII, and a path has other characters: set PYTHONUTF8=1"]
+    if isinstance(error, ModuleNotFoundError):
+        notes = [f"{sys.executable} is without it: use the Python of the environment where sheeprlhf is installed"]
     advice = notes or ([] if debug else ["debug=true shows where"])
     return redact_text("; ".join([f"{who} failed unexpectedly: {type(error).__name__}: {lines[0]}", *advice]))
 

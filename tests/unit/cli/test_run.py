@@ -175,6 +175,13 @@ def test_an_unexpected_error_leaves_its_traceback_in_the_run_directory(calls, ca
     assert "sk-abc" not in log.read_text()
 
 
+def test_a_missing_package_names_this_python(calls, capsys):
+    fail_with(ModuleNotFoundError("No module named 'peft'"))
+    assert exit_code("train task=sft") == 1
+    printed = capsys.readouterr().err
+    assert "peft" in printed and sys.executable in printed
+
+
 def test_a_signal_ends_the_whole_sweep(calls):
     seeds = []
 
