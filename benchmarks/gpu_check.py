@@ -106,7 +106,7 @@ def check_attention(device: torch.device, folder: Path) -> Iterator[Check]:
     """Packed attention in half precision (flash attention on a GPU) against padded rows, and its gradients."""
     make_model(folder, "mini")
     cfg = ModelConfig(config_name="auto", repo_name=str(folder), dtype="bfloat16")
-    policy = load_policy(cfg, load_tokenizer(cfg), longest=256, batching="packed")[0].to(device)
+    policy = load_policy(cfg, load_tokenizer(cfg), longest=256, batching="packed").to(device)
     yield Check("packed and padded log-probabilities, bf16, nats", packing_difference(policy), 0.1)
 
     def gradient(dtype: torch.dtype) -> torch.Tensor:

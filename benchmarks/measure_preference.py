@@ -60,8 +60,8 @@ def measure(run: str, num_rows: int, temperature: float) -> dict[str, Any]:
     rows = prepare_data(data, tokenizer, kind="sft", say=lambda _: None, progress=False).splits["test"]
     of: dict[str, Any] = {"longest": longest_row({"": rows}) + 64, "batching": "auto", "say": lambda _: None}
     start_dir, start_weights = task["sft_experiment_dir"], task["sft_model_name"]
-    start, packed = load_initial_policy(model, start_dir, start_weights, tokenizer, **of)
-    policy, _ = load_policy_from_run(model, Path(run), "final", tokenizer, **of)
+    start = load_initial_policy(model, start_dir, start_weights, tokenizer, **of)
+    policy = load_policy_from_run(model, Path(run), "final", tokenizer, **of)
     examples = rows.examples(range(min(num_rows, len(rows))))
     settings = GenConfig(max_new_tokens=48, do_sample=True, temperature=temperature)
     result: dict[str, Any] = {"run": run, "prompts": len(examples), "temperature": temperature}
@@ -78,22 +78,24 @@ def measure(run: str, num_rows: int, temperature: float) -> dict[str, Any]:
         result |= {
             f"{name}/{style}": styles.count(style) / len(styles) for style in ("imperative", "third_person", "other")
         }
-        result[f"{name}/perplexity"] = perplexity(fabric, one, rows, packed)
-    apart = logprobs(policy, examples, written, packed) - logprobs(start, examples, written, packed)
+        result[f"{name}/perplexity"] = perplexity(fabric, one, rows)
+    apart = logprobs(policy, examples, written) - logprobs(start, examples, written)
     result["kl"] = float(apart.mean())
     result["kl_error"] = float(apart.std(ddof=1) / math.sqrt(len(apart)))
     result["perplexity_ratio"] = result["run/perplexity"] / result["start/perplexity"]
     return result
 
 
-def perplexity(fabric: Fabric, policy: Policy, rows: TokenizedSplit, packed: bool) -> float:
+def perplexity(fabric: Fabric, policy: Policy, rows: TokenizedSplit) -> float:
     """Of the responses of a split."""
     module = fabric.setup_module(policy)
-    batches = Batches(fabric, PerplexityConfig(), packed=packed, targets="response").first(rows, None, "perplexity")
+    batches = Batches(fabric, PerplexityConfig(), packed=policy.packed, targets="response").first(
+        rows, None, "perplexity"
+    )
     return math.exp(evaluate(fabric, module, batches, sft_loss)["nll"])
 
 
-def logprobs(policy: Policy, examples: list[Example], responses: list[np.ndarray], packed: bool) -> np.ndarray:
+def logprobs(policy: Policy, examples: list[Example], responses: list[np.ndarray]) -> np.ndarray:
     """(rows,) summed log-probability of each response after its prompt."""
     policy.eval()
     sums = []
@@ -101,7 +103,7 @@ def logprobs(policy: Policy, examples: list[Example], responses: list[np.ndarray
     with torch.no_grad():
         for at in range(0, len(written), AT_ONCE):
             part = written[at : at + AT_ONCE]
-            batch = collate_packed(part) if packed else collate_padded(part, pad_id=0)
+            batch = collate_packed(part) if policy.packed else collate_padded(part, pad_id=0)
             sums.append(sum_by_response(policy(batch).target_N, batch.response_index_N, len(part)).numpy())
     return np.concatenate(sums).astype(np.float64)
 

@@ -110,22 +110,22 @@ def main() -> None:
     tokenizer = load_tokenizer(cfg.model)
     tokenizer.eos_token = None
     how: dict[str, Any] = {"longest": longest, "batching": "packed"}
-    policy, packed = load_policy(cfg.model, tokenizer, **how)
+    policy = load_policy(cfg.model, tokenizer, **how)
     of_scorer = AutoModelConfig(repo_name=str(scorer))
-    reward, _ = load_reward_model(of_scorer, tokenizer, **how)
+    reward = load_reward_model(of_scorer, tokenizer, **how)
     reward.requires_grad_(False)
     rewards = {"model": TermModel(reward)}
     critic = None
     if isinstance(task, PPOConfig):
-        critic, _ = load_reward_model(of_scorer, tokenizer, **how)
+        critic = load_reward_model(of_scorer, tokenizer, **how)
         module, critic_module, optimizer = set_up(fabric, cfg, policy, critic)
     else:
         module, optimizer = fabric.setup(policy, build_optimizer(cfg.optim, policy, cfg.peak_lr()))
-    collect = RolloutCollector(fabric, cfg, tokenizer, policy, reference_of(policy), rewards, packed=packed)
+    collect = RolloutCollector(fabric, cfg, tokenizer, policy, reference_of(policy), rewards)
     per_token = partial(
         token_values, names=("logprobs", "reference", "advantages", *(["values", "returns"] * bool(critic)))
     )
-    cut = partial(Batches, fabric, task, packed=packed, targets="response", extras=per_token)
+    cut = partial(Batches, fabric, task, packed=policy.packed, targets="response", extras=per_token)
     batches = cut() if critic else cut(num_items=lambda batch: len(batch.response_lengths))
     of_policies: dict[str, LossFn] = {
         "ppo": partial(policy_loss, task=task, temperature=1.0),

@@ -105,7 +105,7 @@ def main() -> None:
     fabric.launch()
     batching = "padded" if args.padded else "packed"
     load = load_reward_model if args.task == "rm" else load_policy
-    trained, packed = load(model, load_tokenizer(model), longest=int(lengths.max()), batching=batching)
+    trained = load(model, load_tokenizer(model), longest=int(lengths.max()), batching=batching)
     optimizer = build_optimizer(AdamWConfig(weight_decay=0.0), trained, 1e-5)
     module, optimizer = fabric.setup(trained, optimizer)
     options = SimpleNamespace(mini_batch_size=args.batch, micro_batch_size=args.micro, token_budget=args.token_budget)
@@ -118,7 +118,7 @@ def main() -> None:
         loss_fn, more["targets"] = partial(rm_loss, loss_type="last_token"), "last"
     if args.task == "dpo":
         loss_fn, reference = partial(dpo_loss, task=DPOConfig()), dict[int, torch.Tensor]()
-        cut, began = Batches(fabric, options, packed=packed, targets="response"), time.time()
+        cut, began = Batches(fabric, options, packed=trained.packed, targets="response"), time.time()
         with torch.no_grad():
             for part, micro in cut.numbered(split, np.arange(len(split)), "reference"):  # type: ignore[arg-type]
                 batch = fabric.to_device(micro.batch)
@@ -126,7 +126,7 @@ def main() -> None:
                 reference |= dict(zip(part, sums_S.view(-1, 2).float().cpu(), strict=True))
         reference_seconds = time.time() - began
         more["extras"] = lambda _, part: torch.cat([reference[i] for i in part])
-    batches = Batches(fabric, options, packed=packed, **more)
+    batches = Batches(fabric, options, packed=trained.packed, **more)
     ends, losses = [], []
     for k in range(args.warmup + args.updates):
         micro_batches = batches.of(split, np.arange(k * args.batch, (k + 1) * args.batch))  # type: ignore[arg-type]

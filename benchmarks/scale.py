@@ -70,7 +70,7 @@ def measure(fabric: Any, cases: list[Case], steps: int) -> list[Speed]:
     from sheeprlhf.task.train.sft import sft_loss
 
     model = TinyConfig()
-    policy, _ = load_policy(model, load_tokenizer(model), longest=512, batching="packed")
+    policy = load_policy(model, load_tokenizer(model), longest=512, batching="packed")
     module, optimizer = set_up(fabric, AdamWConfig(), policy, 1e-5)
     rng = np.random.default_rng(fabric.global_rank)
 
@@ -330,7 +330,7 @@ def measure_memory(fabric: Any, folder: str, in_files: bool) -> list[list[float]
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 
     cfg = AutoModelConfig(repo_name=folder)
-    policy, _ = load_policy(cfg, load_tokenizer(cfg), longest=512, batching="packed", in_files=in_files)
+    policy = load_policy(cfg, load_tokenizer(cfg), longest=512, batching="packed", in_files=in_files)
     module, optimizer = set_up(fabric, AdamWConfig(), policy, 1e-5)
     note()
     example = Example(0, np.arange(3, 19, dtype=np.int32), (np.arange(19, 67, dtype=np.int32),))

@@ -100,8 +100,8 @@ def judge(run_dir: Path, seed: int) -> dict[str, list[str]]:
     settings = GenConfig(
         max_new_tokens=generation["max_new_tokens"], temperature=generation["temperature"], do_sample=True
     )
-    start, packed = load_policy(model, tokenizer, **of)
-    trained, _ = load_policy_from_run(model, run_dir, "final", tokenizer, **of)
+    start = load_policy(model, tokenizer, **of)
+    trained = load_policy_from_run(model, run_dir, "final", tokenizer, **of)
     by_start = answers(start, tokenizer, examples, settings, seed)
     scores = sentiment([], [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in by_start])
     places = [max(range(at, at + ANSWERS), key=scores.__getitem__) for at in range(0, len(examples), ANSWERS)]
@@ -114,7 +114,7 @@ def judge(run_dir: Path, seed: int) -> dict[str, list[str]]:
     for name, (asked, ids) in written.items():
         texts = [str(tokenizer.decode(one, skip_special_tokens=True)) for one in ids]
         tokens = sum(map(len, ids))
-        perplexity = math.exp(-logprobs(start, asked, ids, packed).sum() / tokens)
+        perplexity = math.exp(-logprobs(start, asked, ids).sum() / tokens)
         judged = [lexicon.score(text) for text in texts]
         error = np.std(judged, ddof=1) / math.sqrt(len(judged))
         result[name] = [

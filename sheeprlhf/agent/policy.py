@@ -58,7 +58,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.value_head: nn.Linear | None = None  # (C -> 1), makes the trunk a critic too
-        self.packed = True  # its batches may be packed
+        self.packed = True  # its batches are packed; set when it is loaded
         self.undefined_U: Tensor | None = None  # ids that have probability 0, on the host
         self.neftune_alpha: float | None = None  # of the noise on embeddings in training mode; see `noisy_embeddings`
 
@@ -203,7 +203,7 @@ def load_policy(
     say: Notify = lambda _: None,
     new_head: bool = False,
     in_files: bool = False,
-) -> tuple[Policy, bool]:
+) -> Policy:
     """Load the model, with adapters if asked, and decide whether its batches are packed; see `choose_packed`.
 
     `new_head` and `in_files` are those of `load_causal_lm`.
@@ -220,8 +220,8 @@ def load_policy(
         policy = Policy(merge_lora(load_lora(model, locate_adapter(cfg.adapter), say)).model)
     else:
         policy = Policy(model)
-    causal_lm = policy.causal_lm()
-    return policy, choose_packed(policy, causal_lm, longest=longest, batching=batching, say=say)
+    policy.packed = choose_packed(policy, policy.causal_lm(), longest=longest, batching=batching, say=say)
+    return policy
 
 
 class SharedReference(nn.Module):

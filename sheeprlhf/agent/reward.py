@@ -53,7 +53,7 @@ class RewardModel(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
         self.model = model
-        self.packed = True  # its batches may be packed
+        self.packed = True  # its batches are packed; set when it is loaded
         self.language_head: nn.Module | None = None  # computes log-probabilities; not saved in `final/`
         self.head_bias = 0.0  # of a head that was made elsewhere; `offset` has it with the sign changed
 
@@ -148,8 +148,8 @@ def load_reward_model(
     batching: str,
     say: Notify = lambda _: None,
     in_files: bool = False,
-) -> tuple[RewardModel, bool]:
-    """A reward model that is a whole folder, and whether its batches are packed.
+) -> RewardModel:
+    """A reward model that is a whole folder.
 
     Raises ModelError if it cannot be loaded, or batching=packed and it cannot do that.
     """
@@ -163,7 +163,8 @@ def load_reward_model(
         reward.offset -= bias
         reward.head_bias = bias
         say(f"{cfg.repo_name}: the bias of its score head, {bias:g}, is added to every score")
-    return reward, choose_packed(reward, model, longest=longest, batching=batching, say=say)
+    reward.packed = choose_packed(reward, model, longest=longest, batching=batching, say=say)
+    return reward
 
 
 def reward_model_of(
@@ -180,8 +181,10 @@ def reward_model_of(
     Raises ModelError if the model cannot have a score head, or the folder's adapters do not fit.
     """
     model = scalar_model(policy.causal_lm(), tokenizer)
+    reward = RewardModel(model)
+    reward.packed = policy.packed
     if adapter is not None:
-        reward = RewardModel(load_lora(model, adapter, say))
+        reward.model = load_lora(model, adapter, say)
         reward.offset = offset_of(adapter)
         setattr(reward.classifier().config, SEPARATOR, separator_of(adapter))
         return reward
@@ -189,9 +192,10 @@ def reward_model_of(
         model.requires_grad_(False)
         getattr(model, HEAD).requires_grad_(True)
     if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
-        return RewardModel(add_lora(model, cfg.lora_cfg, head=HEAD))
-    freeze_layers(model, cfg.frozen_layers)
-    return RewardModel(model)
+        reward.model = add_lora(model, cfg.lora_cfg, head=HEAD)
+    else:
+        freeze_layers(model, cfg.frozen_layers)
+    return reward
 
 
 class AdapterValueModel(nn.Module):
@@ -211,6 +215,11 @@ class AdapterValueModel(nn.Module):
         super().__init__()
         self.policy, self.adapter, self.head, self.offset = policy, adapter, head, offset
         self.step_separator = step_separator
+
+    @property
+    def packed(self) -> bool:
+        """True if its batches are packed: those of the policy are."""
+        return self.policy.packed
 
     def in_use(self) -> AbstractContextManager[None]:
         """Inside, the model computes with this adapter, and it and the head alone can get gradients."""

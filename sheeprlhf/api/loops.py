@@ -198,9 +198,7 @@ def _load(
     trained = _trained(kind, model, options)
     longest = max_length or min(512, weights.num_positions(trained.model) or 512)
     with _no_progress_bar():
-        loaded, tokenizer, packed = load_trained(trained, _say, longest=longest, batching="auto")
-    loaded.packed = packed
-    return loaded, tokenizer
+        return load_trained(trained, _say, longest=longest, batching="auto")
 
 
 def _trained(kind: str, model: str, options: dict[str, Any]) -> Trained:

@@ -575,7 +575,7 @@ def _model(config: DoctorConfig, size: "ModelSize | None", available: int | None
         here = dataclasses.replace(model.library_cfg, local_files_only=True)
         model = dataclasses.replace(model, library_cfg=here)  # nothing is downloaded
         new_head, tokenizer = task.trains == "reward model", load_tokenizer(model)
-        policy, _ = load_policy(model, tokenizer, longest=longest, batching="padded", new_head=new_head)
+        policy = load_policy(model, tokenizer, longest=longest, batching="padded", new_head=new_head)
     except SheepError as error:
         if isinstance(error, ModelError) and not local_only:
             yield Finding("ok", "model", f"{name}; it is on the hub: the first run, or `fetch`, downloads it")
@@ -618,12 +618,16 @@ def _reward_model(config: DoctorConfig, size: "ModelSize") -> Iterator[Finding]:
             if not locate(model).local_only:
                 continue  # on the hub
             tokenizer = load_reward_tokenizer(config, term)
-            _, packed = load_separate_reward_model(config, tokenizer, term, longest=longest, say=lines.append)
+            reward = load_separate_reward_model(config, tokenizer, term, longest=longest, say=lines.append)
         except SheepError as error:
             yield Finding("problem", "reward", str(error))
             continue
         padded = [line for line in lines if line.startswith("batches are padded")]
-        text = "its batches are packed" if packed else (padded or ["its batches are padded: task.batching=padded"])[0]
+        text = (
+            "its batches are packed"
+            if reward.packed
+            else (padded or ["its batches are padded: task.batching=padded"])[0]
+        )
         yield Finding("ok", "reward", f"{lines[0]} loads; {text}")
 
 

@@ -381,13 +381,12 @@ class RolloutCollector:
         reference: nn.Module,
         rewards: Mapping[str, TermModel],
         *,
-        packed: bool,
         columns: Collection[str] = ("reference",),
         servers: ServerSource | None = None,
         episodes: EpisodeSource | None = None,
     ) -> None:
         self._fabric, self._cfg, self._tokenizer = fabric, cfg, tokenizer
-        self.policy, self._reference, self._reward_models, self._packed = policy, reference, rewards, packed
+        self.policy, self._reference, self._reward_models = policy, reference, rewards
         self._columns, self.servers, self._episodes = columns, servers, episodes
         self._stop = StopStrings(cfg.generation.stop_strings, tokenizer)
         self._model_scores: dict[str, list[float]] = {}
@@ -395,8 +394,8 @@ class RolloutCollector:
         self._reward = build_reward(
             cfg.reward, model_scores, default=cfg.data.rule_reward, max_tokens=cfg.generation.max_new_tokens
         )
-        self.token_batches = Batches(fabric, cfg.task, packed=packed, targets="response")
-        self.last_token_batches = Batches(fabric, cfg.task, packed=packed, targets="last")
+        self.token_batches = Batches(fabric, cfg.task, packed=policy.packed, targets="response")
+        self.last_token_batches = Batches(fabric, cfg.task, packed=policy.packed, targets="last")
 
     def __call__(
         self, prompts: list[Example], number: int, *, group: int | None = None, validates: bool = False
@@ -468,7 +467,7 @@ class RolloutCollector:
             end_ids=end_token_ids(self._tokenizer),
             token_budget=task.token_budget,
             stop=self._stop if self._stop else None,
-            packed=self._packed,
+            packed=self.policy.packed,
             undefined_U=self.policy.undefined_U,
         )
 
@@ -541,10 +540,8 @@ class RolloutCollector:
             if reward.step_separator is not None and step_score == "each":
                 raise RewardError("reward.step_score=each needs a reward model with the policy's tokens: give min")
             encoded, own = rollout.encoded_by(term.exchange, rollout.texts), term.exchange.reward
-            # Its rows may have any length: they are padded, which every model can read.
-            return predict_scores(fabric, task, reward, encoded, own, packed=False, step_score=step_score).tolist()
-        of = (fabric, task, reward, rollout, self._tokenizer)
-        scores_S = response_scores(*of, packed=self._packed, step_score=step_score)
+            return predict_scores(fabric, task, reward, encoded, own, step_score=step_score).tolist()
+        scores_S = response_scores(fabric, task, reward, rollout, self._tokenizer, step_score=step_score)
         if len(scores_S) == rollout.scores.size:
             return scores_S.tolist()
         sizes = [len(ids) for ids in rollout.texts.completion_ids]
@@ -597,7 +594,6 @@ def predict_scores(
     rollout: Rollout,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    packed: bool,
     step_score: str = "min",
 ) -> Tensor:
     """All ranks: `response_scores` of a rollout in the reward model's own tokens.
@@ -612,7 +608,7 @@ def predict_scores(
             f"a prompt with its response has {longest} tokens of the reward model, which has {positions} positions: "
             "lower generation.max_new_tokens or data.max_prompt_length"
         )
-    return response_scores(fabric, options, model, rollout, tokenizer, packed=packed, step_score=step_score)
+    return response_scores(fabric, options, model, rollout, tokenizer, step_score=step_score)
 
 
 def response_scores(
@@ -622,7 +618,6 @@ def response_scores(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    packed: bool,
     step_score: str = "min",
     label: str = "scoring",
     num_rows: int | None = None,
@@ -641,7 +636,7 @@ def response_scores(
             return row._replace(trained=np.concatenate(masks))
 
         targets, rows = "steps", MappedRows(rows, with_steps)
-    batches = Batches(fabric, options, packed=packed, targets=targets)
+    batches = Batches(fabric, options, packed=model.packed, targets=targets)
     with model.in_use():
         scores = predict_targets(fabric, model, model, batches, rows, label, num_rows)
     if separator is None:

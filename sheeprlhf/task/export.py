@@ -101,7 +101,7 @@ def check_target(target: Path) -> None:
 
 def _load(trained: Trained, say: Notify) -> tuple[Policy | RewardModel, PreTrainedTokenizerBase]:
     """In the run's own number format first, as it was trained, and then exactly in float32."""
-    model, tokenizer, _ = load_trained(trained, say)
+    model, tokenizer = load_trained(trained, say)
     return model.eval().float(), tokenizer
 
 

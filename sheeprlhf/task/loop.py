@@ -2,7 +2,7 @@
 
 ```python
 loop = TrainLoop(fabric, run)  # data, order of the rows, number of steps
-policy, packed = loop.load_policy()  # model, or the run to start from
+policy = loop.load_policy()  # model, or the run to start from
 module = loop.set_up(policy)  # optimizer; wrapped by Fabric
 loop.begin(lambda rows, read: partial(batches.of, rows))  # seed; the newest checkpoint if there is one
 for step in loop:  # learning rate, log, checkpoints, signals
@@ -94,14 +94,14 @@ class TrainLoop:
         if self.stream is not None:
             self.num_steps = task.max_num_steps or 0
 
-    def load_policy(self, *, new_head: bool = False) -> tuple[Policy, bool]:
-        """Load the model that training starts from, and whether its batches are packed; see `load_initial_policy`."""
+    def load_policy(self, *, new_head: bool = False) -> Policy:
+        """Load the model that training starts from; see `load_initial_policy`."""
         cfg, options = self.run.cfg, load_options(self.run.cfg, self.longest, self.run.say)
         start = initial_run(cfg.task)
-        policy, packed = load_initial_policy(cfg.model, *start, self.tokenizer, new_head=new_head, **options)
+        policy = load_initial_policy(cfg.model, *start, self.tokenizer, new_head=new_head, **options)
         if not isinstance(cfg.task, SFTConfig):
             configured_router_loss(policy.causal_lm(), cfg.task.config_name, self.run.say)
-        return policy, packed
+        return policy
 
     def set_up(self, model: nn.Module) -> _FabricModule:
         """Make the optimizer of the model's trainable parameters, and wrap both with Fabric."""
@@ -338,7 +338,7 @@ class RolloutLoop:
         return Batches(
             self.fabric,
             self.run.cfg.task,
-            packed=self.models.packed,
+            packed=self.models.policy.packed,
             targets="response",
             num_items=num_items,
             extras=partial(token_values, names=names) if names else None,

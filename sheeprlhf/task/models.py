@@ -110,7 +110,6 @@ class RLModels(NamedTuple):
     # estimates the remaining reward, and is trained; None if the task has none
     critic: RewardModel | AdapterValueModel | None
     rewards: dict[str, TermModel]  # the reward models by their terms; empty if the reward has none
-    packed: bool  # batches are packed
     teacher: Policy | None = None  # learned from, in place of a reference; None if the task has none
 
 
@@ -198,7 +197,6 @@ def build_collector(fabric: Fabric, run: Run, setup: OnlineSetup, reference: nn.
         models.policy,
         reference,
         models.rewards,
-        packed=models.packed,
         columns=setup.columns,
         servers=servers,
         episodes=setup.episodes,
@@ -249,24 +247,31 @@ def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int
     cfg, task = run.cfg, run.cfg.task
     assert isinstance(task, OnlineTaskConfig)
     how = load_options(cfg, longest, run.say)
-    policy, packed = load_initial_policy(cfg.model, *initial_run(task), tokenizer, **how)
+    policy = load_initial_policy(cfg.model, *initial_run(task), tokenizer, **how)
     policy = with_adapters(policy, cfg.model)
     policy.exclude_undefined(tokenizer)
     if not isinstance(task, BestOfNConfig):  # it learns nothing
         configured_router_loss(policy.causal_lm(), task.config_name, run.say)
-    rewards, rewards_packed = _load_rewards(run, tokenizer, policy, longest=longest, data=data)
+    rewards = _load_rewards(run, tokenizer, policy, longest=longest, data=data)
+    teacher = _load_teacher(str(task.teacher), tokenizer, how) if isinstance(task, DistillConfig) else None
+    _pack_alike([policy, teacher, *(term.model for term in rewards.values() if term.exchange is None)])
     critic = _make_critic(run, tokenizer, policy, rewards) if isinstance(task, PPOConfig) else None
-    teacher, teacher_packed = None, True
-    if isinstance(task, DistillConfig):
-        teacher, teacher_packed = _load_teacher(str(task.teacher), tokenizer, how)
-    return RLModels(policy, critic, rewards, packed and rewards_packed and teacher_packed, teacher)
+    return RLModels(policy, critic, rewards, teacher)
+
+
+def _pack_alike(models: Sequence[Policy | RewardModel | AdapterValueModel | None]) -> None:
+    """Let models that read the same tokens have packed batches only if each of them can."""
+    packed = all(model.packed for model in models if model is not None)
+    for model in models:
+        if isinstance(model, Policy | RewardModel):  # the others are on the policy's base
+            model.packed = packed
 
 
 def _load_rewards(
     run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, *, longest: int, data: PreparedData
-) -> tuple[dict[str, TermModel], bool]:
-    """Load the frozen reward models by their terms, and tell whether batches in the policy's tokens are packed."""
-    cfg, rewards, packed = run.cfg, {}, True
+) -> dict[str, TermModel]:
+    """Load the frozen reward models by their terms."""
+    cfg, rewards = run.cfg, {}
     for term in model_sources(cfg.reward, cfg.data.rule_reward):
         own, exchange = load_reward_tokenizer(cfg, term), None
         reward: RewardModel | AdapterValueModel
@@ -274,19 +279,19 @@ def _load_rewards(
             prepare = partial(prepare_prompts, cfg, own, say=run.say, progress=False)
             prompts = own_prompts(data, prepare) if reads_chat(cfg) else None
             exchange = TextExchange(tokenizer, own, run.say, chat=reads_chat(cfg), own_prompts=prompts)
-            reward, _ = load_separate_reward_model(cfg, own, term, longest=longest, say=run.say)
+            reward = load_separate_reward_model(cfg, own, term, longest=longest, say=run.say)
+            reward.packed = False  # its rows may have any length, and every model can read padded ones
             why = "is asked in its own chat template" if reads_chat(cfg) else "has another tokenizer"
             run.say(f"the reward model {why}: it reads prompts and responses as text")
         else:
-            reward, reward_packed = _load_reward(run, tokenizer, policy, term, longest=longest)
-            packed = packed and reward_packed
+            reward = _load_reward(run, tokenizer, policy, term, longest=longest)
         reward.requires_grad_(False) if isinstance(reward, RewardModel) else reward.head.requires_grad_(False)
         rewards[term] = TermModel(reward.eval(), exchange)
-    return rewards, packed
+    return rewards
 
 
-def _load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, how: LoadOptions) -> tuple[Policy, bool]:
-    """Load the frozen model that a distillation learns from, and tell whether its batches are packed.
+def _load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, how: LoadOptions) -> Policy:
+    """Load the frozen model that a distillation learns from.
 
     Raises ModelError if it cannot be loaded, or has another tokenizer.
     """
@@ -294,11 +299,11 @@ def _load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, how: LoadOption
         cfg = teacher_config(name)
         if not has_same_tokens(load_tokenizer(cfg), tokenizer):
             raise ModelError(f"model.repo_name={name} has another tokenizer than the model: give one with the same")
-        teacher, packed = load_policy(cfg, tokenizer, **how)
+        teacher = load_policy(cfg, tokenizer, **how)
     except ModelError as error:
         raise ModelError(str(error).replace("model.repo_name=", "task.teacher=")) from error
     teacher.exclude_undefined(tokenizer)
-    return teacher.eval().requires_grad_(False), packed
+    return teacher.eval().requires_grad_(False)
 
 
 def teacher_config(name: str) -> ModelConfig:
@@ -351,7 +356,7 @@ def _share_trunk(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> AdapterV
 
 def _load_reward(
     run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, term: str, *, longest: int
-) -> tuple[RewardModel | AdapterValueModel, bool]:
+) -> RewardModel | AdapterValueModel:
     """Load the reward model of a term, on the policy's base if possible."""
     run_dir, folder, cfg = reward_model_source(run.cfg, term)
     if folder is None and isinstance(policy.model, PeftModel) and is_on_base_of(run.cfg, cfg, str(run_dir)):
@@ -360,7 +365,7 @@ def _load_reward(
         head = nn.Linear(1, 1, bias=False)
         head.weight = nn.Parameter(load_score_adapter(policy.model, final, REWARD, run.say).float())
         run.say("reward, critic and reference share the policy's base")
-        return AdapterValueModel(policy, REWARD, head, offset_of(final), separator_of(final)), True
+        return AdapterValueModel(policy, REWARD, head, offset_of(final), separator_of(final))
     return load_separate_reward_model(run.cfg, tokenizer, term, longest=longest, say=run.say)
 
 
@@ -373,8 +378,8 @@ def load_reward_tokenizer(cfg: TrainConfig | EvalConfig, term: str = MODEL) -> P
 
 def load_separate_reward_model(
     cfg: TrainConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, term: str = MODEL, *, longest: int, say: Notify
-) -> tuple[RewardModel, bool]:
-    """Load the reward model of a term on a base of its own; return it and whether its batches are packed."""
+) -> RewardModel:
+    """Load the reward model of a term on a base of its own."""
     task = cfg.task
     assert isinstance(task, OnlineTaskConfig | ScoredConfig)
     how = load_options(cfg, longest, say)
@@ -391,17 +396,15 @@ def load_separate_reward_model(
 @phase("loading the model")
 def load_trained(
     trained: Trained, say: Notify, *, longest: int = 1, batching: str = "padded"
-) -> tuple[Policy | RewardModel, PreTrainedTokenizerBase, bool]:
-    """Load the policy or reward model of a run, a folder or a configuration onto the host.
+) -> tuple[Policy | RewardModel, PreTrainedTokenizerBase]:
+    """Load the policy or reward model of a run, a folder or a configuration onto the host, and its tokenizer.
 
-    Returns:
-        The model, with separate adapters if it has some; its tokenizer; and whether its batches are packed.
+    The model has separate adapters if it has some.
     """
     tokenizer = load_tokenizer(trained.with_tokenizer())
     load: Any = load_trained_reward_model if trained.trains == REWARD_MODEL else load_policy_from_run
     of = (trained.model, trained.run_dir, trained.weights, tokenizer)
-    model, packed = load(*of, longest=longest, batching=batching, say=say)
-    return model, tokenizer, packed
+    return load(*of, longest=longest, batching=batching, say=say), tokenizer
 
 
 def load_policy_from_run(
@@ -410,8 +413,8 @@ def load_policy_from_run(
     weights: str,
     tokenizer: PreTrainedTokenizerBase,
     **how: Unpack[LoadOptions],
-) -> tuple[Policy, bool]:
-    """Load the policy that a run trained, adapters kept separate, and tell whether its batches are packed.
+) -> Policy:
+    """Load the policy that a run trained, adapters kept separate.
 
     `cfg` is the run's model; without a run it is loaded as it is. `weights` is "final", "best", "last" or "step-<n>".
     Raises ConfigError if the run has no `final/` yet; CheckpointError if it has no such checkpoint.
@@ -424,13 +427,14 @@ def load_policy_from_run(
     if checkpoint is not None:  # its weights are copied over those of the files
         how["in_files"] = False
     task = saved_group(str(run_dir), "task")
-    policy, packed = load_initial_policy(cfg, *initial_run(task), tokenizer, **how)
+    policy = load_initial_policy(cfg, *initial_run(task), tokenizer, **how)
     if checkpoint is None:
-        return Policy(load_lora(policy.causal_lm(), run_dir / "final", how["say"])), packed
+        policy.model = load_lora(policy.causal_lm(), run_dir / "final", how["say"])
+        return policy
     policy = with_adapters(policy, cfg)
     part = task.policy_part() if isinstance(task, TrainTaskConfig) else ""
     load_weights(checkpoint, policy.model, f"{part}model.")
-    return policy, packed
+    return policy
 
 
 def load_initial_policy(
@@ -441,8 +445,8 @@ def load_initial_policy(
     *,
     new_head: bool = False,
     **how: Unpack[LoadOptions],
-) -> tuple[Policy, bool]:
-    """Load the model that training starts from, with a run's adapters merged; tell whether its batches are packed.
+) -> Policy:
+    """Load the model that training starts from, with a run's adapters merged.
 
     Training starts from `cfg` as it is, or from these weights of a run. Quantisation comes after the merge. With
     `new_head`, the task replaces the language head, which the files need not have.
@@ -452,7 +456,7 @@ def load_initial_policy(
     if cfg.finetune_mode == "LORA" and not new_head:
         whole.adapter = None  # it trains, next to the weights
     if run_dir is None:
-        policy, packed = load_policy(whole, tokenizer, **how, new_head=new_head)
+        policy = load_policy(whole, tokenizer, **how, new_head=new_head)
     else:
         of_run = model_of_start(cfg, run_dir, tokenizer)
         how["say"](f"starting from the {weights} weights of {run_dir}")
@@ -460,11 +464,11 @@ def load_initial_policy(
         of_run = dataclasses.replace(of_run, **kept, freeze_transformer=False, random_init=False)
         if whole_model(of_run, Path(run_dir), weights) is None:  # weights change before they are sharded
             how["in_files"] = False
-        policy, packed = load_policy_from_run(of_run, Path(run_dir), weights, tokenizer, **how)
+        policy = load_policy_from_run(of_run, Path(run_dir), weights, tokenizer, **how)
     if isinstance(policy.model, PeftModel):
-        policy = Policy(merge_lora(policy.model).model)
+        policy.model = merge_lora(policy.model).model
     quantize(policy.causal_lm(), cfg.quantization)
-    return policy, packed
+    return policy
 
 
 def with_adapters(policy: Policy, cfg: ModelConfig) -> Policy:
@@ -474,8 +478,9 @@ def with_adapters(policy: Policy, cfg: ModelConfig) -> Policy:
     """
     if cfg.finetune_mode != "LORA" or cfg.lora_cfg is None:
         freeze_layers(policy.causal_lm(), cfg.frozen_layers)
-        return policy
-    return Policy(with_adapter(policy.causal_lm(), cfg))
+    else:
+        policy.model = with_adapter(policy.causal_lm(), cfg)
+    return policy
 
 
 def load_trained_reward_model(
@@ -484,7 +489,7 @@ def load_trained_reward_model(
     weights: str,
     tokenizer: PreTrainedTokenizerBase,
     **how: Unpack[LoadOptions],
-) -> tuple[RewardModel, bool]:
+) -> RewardModel:
     """Load the reward model that a run trained, with its offset; results and arguments as of `load_policy_from_run`."""
     whole = whole_model(cfg, run_dir, weights)
     if whole is not None:
@@ -493,9 +498,9 @@ def load_trained_reward_model(
     if weights != "final":
         how["in_files"] = False
     task = saved_group(str(run_dir), "task")
-    policy, packed = load_initial_policy(cfg, *initial_run(task), tokenizer, **how, new_head=True)
+    policy = load_initial_policy(cfg, *initial_run(task), tokenizer, **how, new_head=True)
     if weights == "final":
-        return reward_model_of(policy, cfg, tokenizer, adapter=run_dir / "final", say=how["say"]), packed
+        return reward_model_of(policy, cfg, tokenizer, adapter=run_dir / "final", say=how["say"])
     model = reward_model_of(policy, cfg, tokenizer)
     load_weights(find_checkpoint(run_dir, weights, how["say"]), model)
-    return model, packed
+    return model

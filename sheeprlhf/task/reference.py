@@ -50,7 +50,7 @@ def set_up_with_reference(loop: "TrainLoop", policy: Policy) -> nn.Module:
     return reference
 
 
-def reference_key(policy: Policy, cfg: TrainConfig, *, packed: bool) -> str:
+def reference_key(policy: Policy, cfg: TrainConfig) -> str:
     """A text that differs for references with other log-probabilities; called before adapters are added."""
     settings = policy.causal_lm().config.to_dict()
     settings = {key: value for key, value in settings.items() if key not in ("_name_or_path", "transformers_version")}
@@ -60,7 +60,7 @@ def reference_key(policy: Policy, cfg: TrainConfig, *, packed: bool) -> str:
         for name in (ADAPTER_CONFIG, ADAPTERS):
             digest.update(real_file(folder / name, folder).read_bytes())
     rounded = "-fsdp2" if cfg.fabric.strategy == "fsdp2" and cfg.fabric.precision == "bf16-mixed" else ""
-    return f"{weights_digest(policy)}-{digest.hexdigest()}-{cfg.fabric.precision}{rounded}-{packed}"
+    return f"{weights_digest(policy)}-{digest.hexdigest()}-{cfg.fabric.precision}{rounded}-{policy.packed}"
 
 
 def sum_by_response(values_N: Tensor, response_index_N: Tensor, num_responses: int) -> Tensor:

@@ -120,7 +120,7 @@ def _device() -> torch.device:
 
 def load_text_generator(trained: Trained, say: Notify) -> TextGenerator:
     """A policy in the form in which it was trained, on the GPU if there is one. Raises SheepError."""
-    policy, tokenizer, _ = load_trained(trained, say)
+    policy, tokenizer = load_trained(trained, say)
     assert isinstance(policy, Policy)
     model = policy.eval().to(_device()).causal_lm()
     form = form_of(trained, tokenizer)
@@ -131,6 +131,6 @@ def load_text_generator(trained: Trained, say: Notify) -> TextGenerator:
 
 def load_reward_scorer(trained: Trained, say: Notify) -> RewardScorer:
     """A reward model that scores answers, on the GPU if there is one. Raises SheepError."""
-    model, tokenizer, _ = load_trained(trained, say)
+    model, tokenizer = load_trained(trained, say)
     assert isinstance(model, RewardModel)
     return RewardScorer(model.eval().to(_device()), tokenizer, form_of(trained, tokenizer), template_args_of(trained))

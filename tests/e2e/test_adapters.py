@@ -112,7 +112,7 @@ def test_an_adapter_is_trained_saved_resumed_and_exported(
     assert isinstance(cfg, ModelConfig)
     tokenizer = AutoTokenizer.from_pretrained(whole / "final")
     for weights in ("final", "step-8"):
-        policy, _ = load_policy_from_run(cfg, whole, weights, tokenizer, longest=64, batching="auto", say=print)
+        policy = load_policy_from_run(cfg, whole, weights, tokenizer, longest=64, batching="auto", say=print)
         assert_close(logits(policy.causal_lm()), trained, rtol=0, atol=1e-5)
     run(["export", str(whole), "--to", str(tmp_path / "exported")])
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)

@@ -81,7 +81,7 @@ def test_every_form_of_a_chained_run_is_the_same_model(
     load = load_trained_reward_model if task == "rm" else load_policy_from_run
     outputs = []
     for weights in ("final", "last"):
-        ours, _ = load(cfg, run_dir, weights, tokenizer, longest=100, batching="padded", say=lambda line: None)
+        ours = load(cfg, run_dir, weights, tokenizer, longest=100, batching="padded", say=lambda line: None)
         model = ours.classifier() if task == "rm" else ours.causal_lm()
         outputs.append(model.eval()(input_ids=ids).logits)
     outputs.append(plain(final, adapters, task)(input_ids=ids).logits)
@@ -117,7 +117,7 @@ def test_an_offset_comes_back_with_the_adapters(chain: Chain) -> None:
     _, run_dir = chain("rm", ("ALL", "LORA"))
     cfg, tokenizer = saved_group(str(run_dir), "model"), AutoTokenizer.from_pretrained(run_dir / "final")
     assert isinstance(cfg, ModelConfig)
-    model, _ = load_trained_reward_model(
+    model = load_trained_reward_model(
         cfg, run_dir, "final", tokenizer, longest=100, batching="auto", say=lambda line: None
     )
     stored = json.loads((run_dir / "final" / "config.json").read_text())["reward_offset"]

@@ -29,7 +29,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def own_logits(run_dir: Path) -> torch.Tensor:
-    policy, _, _ = load_trained(find_trained(str(run_dir)), print)
+    policy, _ = load_trained(find_trained(str(run_dir)), print)
     return logits(policy.eval().model.cpu())
 
 

@@ -58,7 +58,7 @@ def test_adapters_are_saved_resumed_and_exported(scheme: str, tmp_path: Path, mo
     assert isinstance(cfg, ModelConfig)
     options: dict[str, Any] = {"longest": 64, "batching": "packed", "say": print}
     for weights in ("final", "step-8"):
-        policy, _ = load_policy_from_run(cfg, run_dir, weights, tokenizer, **options)
+        policy = load_policy_from_run(cfg, run_dir, weights, tokenizer, **options)
         assert_close(logprobs(policy.causal_lm()), logprobs(adapted), rtol=0, atol=1e-4)
     if scheme == "nf4":  # with 8 bits, plain layers quantise activations in evaluations
         adapted_plain = PeftModel.from_pretrained(plain(folder), run_dir / "final")

@@ -52,10 +52,10 @@ def our_scores(run_dir: Path, words: list[str], tmp_path: Path) -> list[float]:
     cfg = saved_group(str(run_dir), "model")
     assert isinstance(cfg, ModelConfig)
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "final")
-    model, packed = load_trained_reward_model(
+    model = load_trained_reward_model(
         cfg, run_dir, "final", tokenizer, longest=100, batching="auto", say=lambda line: None
     )
-    assert packed
+    assert model.packed
     ids = [torch.tensor(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id], dtype=torch.int32) for text in TEXTS]
     examples = [Example(i, row[:2].numpy(), (row[2:].numpy(),)) for i, row in enumerate(ids)]
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_the_likelihood_term_is_that_of_transformers(model_folder: ModelFolder) 
     """On the chosen responses; with a language head of zeros it is ln V for each token."""
     cfg = AutoModelConfig(repo_name=str(model_folder()))
     tokenizer = load_tokenizer(cfg)
-    policy, _ = load_policy(cfg, tokenizer, longest=16, batching="packed")
+    policy = load_policy(cfg, tokenizer, longest=16, batching="packed")
     plain = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
     prompt, response = [3, 4, 5], [7, 9, 11, 2]
     labels = torch.tensor([[*[-100] * len(prompt), *response]])

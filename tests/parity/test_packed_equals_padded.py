@@ -34,7 +34,7 @@ ModelFolder = Callable[..., Path]
 
 def policy_of(folder: Path, **options: Any) -> Policy:
     cfg = ModelConfig(config_name="auto", repo_name=str(folder), **options)
-    return load_policy(cfg, load_tokenizer(cfg), longest=64, batching="auto")[0]
+    return load_policy(cfg, load_tokenizer(cfg), longest=64, batching="auto")
 
 
 def loss_and_gradients(policy: Policy, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -137,7 +137,7 @@ COLLATES = {
 def reward_model(folder: Path) -> RewardModel:
     cfg = ModelConfig(config_name="auto", repo_name=str(folder))
     tokenizer = load_tokenizer(cfg)
-    policy, _ = load_policy(cfg, tokenizer, longest=64, batching="auto")
+    policy = load_policy(cfg, tokenizer, longest=64, batching="auto")
     torch.manual_seed(0)
     return reward_model_of(policy, cfg, tokenizer)
 
@@ -156,8 +156,8 @@ def test_dpo_packed_equals_padded(
     architecture: str, loss_type: str, num_responses: int, model_folder: ModelFolder
 ) -> None:
     cfg = ModelConfig(config_name="auto", repo_name=str(model_folder(architecture)))
-    policy, packed = load_policy(cfg, load_tokenizer(cfg), longest=64, batching="packed")
-    assert packed
+    policy = load_policy(cfg, load_tokenizer(cfg), longest=64, batching="packed")
+    assert policy.packed
     examples = random_examples(4, num_responses)
     reference_S = torch.linspace(-40.0, -20.0, 4 * num_responses)
     task = DPOConfig(loss_type=loss_type)

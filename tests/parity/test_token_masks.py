@@ -106,7 +106,7 @@ def test_loss_and_gradient_are_those_of_plain_transformers(
     expected = plain(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss * sum(x >= 0 for x in labels)
     expected.backward()
     model_cfg = ModelConfig(config_name="auto", repo_name=str(folder))
-    policy, _ = load_policy(model_cfg, tokenizer, longest=100, batching="packed")
+    policy = load_policy(model_cfg, tokenizer, longest=100, batching="packed")
     for batch in (collate_packed([example]), collate_padded([example], pad_id=0)):
         policy.zero_grad()
         loss = sft_loss(policy, batch).total
@@ -148,7 +148,7 @@ def test_masked_pairs_are_scored_without_their_reasoning(model_folder: ModelFold
     cfg = local(tmp_path, rows, reasoning="mask", max_prompt_length=500)
     split = prepare(cfg, tokenizer, "preference").splits["train"]
     model_cfg = ModelConfig(config_name="auto", repo_name=str(folder))
-    policy, _ = load_policy(model_cfg, tokenizer, longest=100, batching="packed")
+    policy = load_policy(model_cfg, tokenizer, longest=100, batching="packed")
     plain, expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), []
     for answer in answers:
         ids, labels = labels_by_text(tokenizer, [*context, answer], [answer["content"] + END])

@@ -114,7 +114,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
             folders[name] = golden_folder(name, tmp_path_factory.mktemp(name))
         cfg = ModelConfig(config_name="auto", repo_name=str(folders[name]))
         loader = load_reward_model if name == "reward" else load_policy
-        return loader(cfg, load_tokenizer(cfg), longest=64, batching=batching)[0]
+        return loader(cfg, load_tokenizer(cfg), longest=64, batching=batching)
 
     return load_one
 

@@ -74,14 +74,14 @@ def _outputs(auto: Any, folder: Path) -> torch.Tensor:
 def _compare(folder: Path) -> tuple[bool, float]:
     """Whether batches are packed, and the largest difference from rows alone in plain transformers, eager attention."""
     cfg = ModelConfig(config_name="auto", repo_name=str(folder))
-    policy, packed = load_policy(cfg, load_tokenizer(cfg), longest=64, batching="auto")
+    policy = load_policy(cfg, load_tokenizer(cfg), longest=64, batching="auto")
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     rows = random_examples(4, 2, seed=1, longest=30)
-    batch = collate_packed(rows) if packed else collate_padded(rows, pad_id=0)
+    batch = collate_packed(rows) if policy.packed else collate_padded(rows, pad_id=0)
     with torch.no_grad():
         found = policy.eval()(batch).target_N
         expected = torch.cat([response_logprobs(plain, row.prompt_ids, one) for row in rows for one in row.responses])
-    return packed, float((found - expected).abs().max())
+    return policy.packed, float((found - expected).abs().max())
 
 
 def published_rows() -> list[str]:

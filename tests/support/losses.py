@@ -98,7 +98,7 @@ def loss_case(name: str, folder: Path) -> LossCase:
         make_model_folder(saved, "llama", scores=scores)
     cfg = ModelConfig(config_name="auto", repo_name=str(saved))
     load = load_reward_model if scores else load_policy
-    module: Any = load(cfg, load_tokenizer(cfg), longest=64, batching="packed")[0]
+    module: Any = load(cfg, load_tokenizer(cfg), longest=64, batching="packed")
     rng = torch.Generator().manual_seed(0)
     if name == "ilql":
         torch.manual_seed(0)  # of the new heads

@@ -128,14 +128,14 @@ class Evaluation:
         """Options of the functions that load a model, for sequences of up to `longest` tokens."""
         return load_options(self.cfg, longest, self.say)
 
-    def load_policy(self, longest: int, weights: str | None = None) -> tuple[Policy, bool]:
-        """Load the evaluated policy, by default its `task.model_name` weights; tell whether its batches are packed."""
+    def load_policy(self, longest: int, weights: str | None = None) -> Policy:
+        """Load the evaluated policy, by default its `task.model_name` weights."""
         run_dir = None if self.cfg.experiment_dir is None else Path(self.cfg.experiment_dir)
         weights = self.cfg.task.model_name if weights is None else weights
         return load_policy_from_run(self.model, run_dir, weights, self.tokenizer, **self.options(longest))
 
-    def load_start(self, start: "Start", longest: int) -> tuple[Policy, bool]:
-        """Load the policy that its training started from; tell whether its batches are packed."""
+    def load_start(self, start: "Start", longest: int) -> Policy:
+        """Load the policy that its training started from."""
         whole = dataclasses.replace(self.model, finetune_mode="ALL")  # with model.adapter merged, if there is one
         return load_initial_policy(whole, start.run_dir, start.weights, self.tokenizer, **self.options(longest))
 
@@ -199,11 +199,10 @@ NUMBER = (1 << 32) - 2  # of an evaluation's draws: no rollout and no validation
 
 
 class EvalPolicy(NamedTuple):
-    """A policy that answers, on its device; `packed`: its batches are packed."""
+    """A policy that answers, on its device."""
 
     policy: Policy
     tokenizer: PreTrainedTokenizerBase
-    packed: bool
 
 
 class Answers(NamedTuple):
@@ -215,15 +214,12 @@ class Answers(NamedTuple):
     episodes: Sequence[Episode] = ()  # the P * K responses with `rollout.environment`
 
 
-def set_up(
-    job: Evaluation, loaded: tuple[Policy, bool], tokenizer: PreTrainedTokenizerBase | None = None
-) -> EvalPolicy:
+def set_up(job: Evaluation, policy: Policy, tokenizer: PreTrainedTokenizerBase | None = None) -> EvalPolicy:
     """A loaded policy on the device, in the precision asked for; by default with the evaluated model's tokenizer."""
-    policy, packed = loaded
     tokenizer = tokenizer or job.tokenizer
     policy.exclude_undefined(tokenizer)
     place(job.fabric, policy)
-    return EvalPolicy(policy, tokenizer, packed)
+    return EvalPolicy(policy, tokenizer)
 
 
 def answer_split(job: Evaluation, data: PreparedData, num_rows: int | None) -> tuple[list[Example], Answers]:
@@ -272,7 +268,7 @@ def _engine(
         end_ids=end_token_ids(writer.tokenizer),
         token_budget=cfg.task.token_budget,
         stop=stop if stop else None,
-        packed=writer.packed,
+        packed=writer.policy.packed,
         undefined_U=writer.policy.undefined_U,
         max_prompts=max(1, cfg.task.mini_batch_size // group),
         **narrowing,
@@ -315,7 +311,7 @@ def logprobs_of(job: Evaluation, policy: EvalPolicy, answers: Answers, label: st
     def call(batch: Batch) -> Tensor:
         return policy.policy(batch, temperature=job.cfg.generation.temperature).target_N
 
-    batches = Batches(job.fabric, job.cfg.task, packed=policy.packed, targets="response")
+    batches = Batches(job.fabric, job.cfg.task, packed=policy.policy.packed, targets="response")
     return predict_targets(job.fabric, policy.policy, call, batches, answers.rollout, label)
 
 

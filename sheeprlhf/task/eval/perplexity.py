@@ -35,10 +35,10 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     assert isinstance(task, PerplexityConfig)
     job = Evaluation(fabric, cfg)
     split = job.split(job.prepare("sft"))
-    policy, packed = job.load_policy(longest_row({"": split}))
+    policy = job.load_policy(longest_row({"": split}))
     place(fabric, policy)  # onto the device, in the precision asked for
     num_rows = min(len(split), task.num_samples or len(split))
-    nll_R, tokens_R = nll_of_rows(fabric, policy, task, split, num_rows, packed=packed)
+    nll_R, tokens_R = nll_of_rows(fabric, policy, task, split, num_rows)
     nll = float(nll_R.sum() / tokens_R.sum())
     sums_N2 = resampled(np.column_stack([nll_R, tokens_R]), seed=cfg.seed)
     ends = np.percentile(sums_N2[:, 0] / sums_N2[:, 1], [2.5, 97.5]).tolist()
@@ -59,11 +59,11 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
 
 
 def nll_of_rows(
-    fabric: Fabric, policy: Policy, task: PerplexityConfig, split: TokenizedSplit, num_rows: int, *, packed: bool
+    fabric: Fabric, policy: Policy, task: PerplexityConfig, split: TokenizedSplit, num_rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """All ranks: (R,) float64, nats: the negative log-likelihood of each of the first rows; and (R,) its tokens."""
     targets = "response" if task.completion_only_loss else "all"
-    batches = Batches(fabric, task, packed=packed, targets=targets)
+    batches = Batches(fabric, task, packed=policy.packed, targets=targets)
     mine: list[tuple[int, float, int]] = []
     with phase("evaluation"), eval_mode(policy), torch.no_grad(), fabric.autocast():
         parts = batches.numbered(split, np.arange(num_rows), "evaluating")

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.batches import Batches, BatchOptions, longest_row
+from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import AdapterValueModel, RewardModel
 from sheeprlhf.config.run_lookup import read_run_config, task_of_run
 from sheeprlhf.data.example import Batch
@@ -59,10 +59,9 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     if trained is not None and trained.trains == "reward model":
         assert cfg.experiment_dir is not None
         of = (job.model, Path(cfg.experiment_dir), task.model_name, job.tokenizer)
-        model, packed = load_trained_reward_model(*of, **job.options(longest_row({"": split})))
+        model = load_trained_reward_model(*of, **job.options(longest_row({"": split})))
         place(fabric, model)  # onto the device, in the precision asked for
-        how: dict[str, Any] = {"packed": packed, "num_rows": task.num_samples}
-        scores_S = scores_of_rows(fabric, model, task, split, job.tokenizer, **how)
+        scores_S = scores_of_rows(fabric, model, task, split, job.tokenizer, num_rows=task.num_samples)
     else:
         scores_S, numbers = _implicit_rewards(job, split)
     chosen_P, rejected_P, longer_P = pairs_of_rows(scores_S, split.sizes[:, 1:], task.num_samples)
@@ -85,13 +84,12 @@ def scores_of_rows(
     split: TokenizedSplit,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    packed: bool,
     step_score: str = "min",
     num_rows: int | None = None,
     label: str = "evaluating",
 ) -> np.ndarray:
     """All ranks: (S,) float64, the score of each response of the first `num_rows` rows (None: all), row after row."""
-    how: dict[str, Any] = {"packed": packed, "num_rows": num_rows, "label": label, "step_score": step_score}
+    how: dict[str, Any] = {"num_rows": num_rows, "label": label, "step_score": step_score}
     return response_scores(fabric, options, model, split, tokenizer, **how).double().numpy()
 
 
@@ -103,9 +101,9 @@ def _implicit_rewards(job: Evaluation, split: TokenizedSplit) -> tuple[np.ndarra
     sizes = split.sizes[:num_rows, 1:]
     lengths_S = sizes[sizes >= 0]
 
-    def sums_of(policy: nn.Module, packed: bool, label: str) -> np.ndarray:
+    def sums_of(policy: Policy, label: str) -> np.ndarray:
         place(fabric, policy)
-        batches = Batches(fabric, task, packed=packed, targets="response")
+        batches = Batches(fabric, task, packed=policy.packed, targets="response")
 
         def call(batch: Batch) -> torch.Tensor:
             return policy(batch).target_N
@@ -115,12 +113,12 @@ def _implicit_rewards(job: Evaluation, split: TokenizedSplit) -> tuple[np.ndarra
 
     start, of_run = start_of(cfg), task_options(cfg).get("beta")
     beta = task.beta or (float(of_run) if isinstance(of_run, int | float) and of_run > 0 else _BETA)
-    rewards_S = sums_of(*job.load_policy(longest), "evaluating")
+    rewards_S = sums_of(job.load_policy(longest), "evaluating")
     if start is None:
         job.say("no run has trained this model, so it has no reference: only its log-probabilities are compared")
     else:
         job.say(f"reference: {start.name}")
-        rewards_S = rewards_S - sums_of(*job.load_start(start, longest), "reference")
+        rewards_S = rewards_S - sums_of(job.load_start(start, longest), "reference")
     return beta * rewards_S, {"beta": beta, "reference": None if start is None else start.name}
 
 
@@ -185,11 +183,11 @@ def evaluate_steps(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     job = Evaluation(fabric, cfg)
     split = job.split(job.prepare("stepwise"))
     of = (job.model, Path(cfg.experiment_dir), task.model_name, job.tokenizer)
-    model, packed = load_trained_reward_model(*of, **job.options(longest_row({"": split})))
+    model = load_trained_reward_model(*of, **job.options(longest_row({"": split})))
     if model.step_separator is None:
         raise ConfigError(f"experiment_dir={cfg.experiment_dir} is no run of task=prm: evaluate it by task=preference")
     place(fabric, model)  # onto the device, in the precision asked for
-    batches = Batches(fabric, task, packed=packed, targets="steps")
+    batches = Batches(fabric, task, packed=model.packed, targets="steps")
     scores_N = predict_targets(fabric, model, model, batches, split, "evaluating", task.num_samples).double().numpy()
     rows = split.examples(range(min(len(split), task.num_samples or len(split))))
     labels = [(row.columns or {})[STEPS[1]] for row in rows]

@@ -100,7 +100,7 @@ class Judge:
         self._job, self._fabric, self._cfg, self._longest = job, job.fabric, job.cfg, longest
         self._rule = job.data.rule_reward
         self._terms = model_sources(job.cfg.reward, self._rule)
-        self._loaded: dict[str, tuple[RewardModel, bool, int]] = {}
+        self._loaded: dict[str, tuple[RewardModel, int]] = {}
         self._own_prompts: dict[str, list[Example]] = {}
 
     def name(self) -> str:
@@ -136,8 +136,8 @@ class Judge:
         except DataError as error:
             self._job.say(f"the reward model's accuracy is unknown, as there are no pairs to ask it about: {error}")
             return None
-        model, packed = self._model(term, max(self._longest, longest_row({"": split})))
-        how: dict[str, Any] = {"packed": packed, "num_rows": task.num_samples, "step_score": self._step_score()}
+        model = self._model(term, max(self._longest, longest_row({"": split})))
+        how: dict[str, Any] = {"num_rows": task.num_samples, "step_score": self._step_score()}
         scores_S = scores_of_rows(self._fabric, model, task, split, load_reward_tokenizer(cfg, term), **how)
         chosen_P, rejected_P, _ = pairs_of_rows(scores_S, split.sizes[:, 1:], task.num_samples)
         right_P = (chosen_P > rejected_P) + 0.5 * (chosen_P == rejected_P)
@@ -155,26 +155,26 @@ class Judge:
                 self._own_prompts[term] = job.rows_as(tokenizer, rollout.rows)
             exchange = TextExchange(answers.tokenizer, tokenizer, job.say)
             rollout = rollout.encoded_by(exchange, answers.texts, self._own_prompts[term])
-        model, packed = self._model(term, max(self._longest, longest_of(rollout)))
+        model = self._model(term, max(self._longest, longest_of(rollout)))
         of = (self._fabric, self._cfg.task, model, rollout, tokenizer)
-        return predict_scores(*of, packed=packed, step_score=self._step_score()).double().tolist()
+        return predict_scores(*of, step_score=self._step_score()).double().tolist()
 
     def _step_score(self) -> str:
         return getattr(self._cfg.reward, "step_score", "min")
 
-    def _model(self, term: str, longest: int) -> tuple[RewardModel, bool]:
-        """The reward model, and whether rows of this length are packed; longer ones than before decide anew."""
+    def _model(self, term: str, longest: int) -> RewardModel:
+        """The reward model of a term; rows that are longer than before decide anew whether its batches are packed."""
         if term not in self._loaded:
             tokenizer = load_reward_tokenizer(self._cfg, term)
-            model, packed = load_separate_reward_model(self._cfg, tokenizer, term, longest=longest, say=self._job.say)
+            model = load_separate_reward_model(self._cfg, tokenizer, term, longest=longest, say=self._job.say)
             place(self._fabric, model)  # onto the device, in the precision asked for
-            self._loaded[term] = model, packed, longest
-        model, packed, before = self._loaded[term]
+            self._loaded[term] = model, longest
+        model, before = self._loaded[term]
         if longest > before:
-            batching, say = self._cfg.task.batching, self._job.say
-            packed = packed and choose_packed(model, model.classifier(), longest=longest, batching=batching, say=say)
-            self._loaded[term] = model, packed, longest
-        return model, packed
+            how: dict[str, Any] = {"longest": longest, "batching": self._cfg.task.batching, "say": self._job.say}
+            model.packed = model.packed and choose_packed(model, model.classifier(), **how)
+            self._loaded[term] = model, longest
+        return model
 
 
 class Written(NamedTuple):

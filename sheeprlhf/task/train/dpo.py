@@ -192,8 +192,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         loop = TrainLoop(fabric, run)
         if task.loss_type in AOT and loop.rows.sizes.shape[1] > 3:
             raise DataError(f"task.loss_type={task.loss_type} needs pairs, and rows have more than two responses")
-        policy, packed = loop.load_policy()
-        key: str | None = reference_key(policy, cfg, packed=packed)
+        policy = loop.load_policy()
+        key: str | None = reference_key(policy, cfg)
         policy = with_adapters(policy, cfg.model)
         source = set_up_with_reference(loop, policy) if task.has_fixed_reference() else loop.set_up(policy)
         module = loop.module
@@ -202,7 +202,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             reference = EMA(policy, 1.0 - task.ref_mixup_alpha)
             learners = nn.ModuleDict({"policy": policy, "reference": reference})
         key = key if has_reference and reference is None else None
-        kept = partial(batches_with_reference, key=key, packed=packed, tail_weight=task.ld_alpha)
+        kept = partial(batches_with_reference, key=key, packed=policy.packed, tail_weight=task.ld_alpha)
         with_reference = partial(kept, fabric, task, source)
         held_out = with_reference(loop.data, "validation", loop.held_out_rows) if loop.held_out else None
         loop.begin(lambda rows, read: partial(with_reference(loop.data, loop.split, read).of, rows), learners)

@@ -142,11 +142,11 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     assert isinstance(task, ILQLConfig)
     with open_run(fabric, cfg, run_dir) as run:
         loop = TrainLoop(fabric, run)
-        policy, packed = loop.load_policy()
+        policy = loop.load_policy()
         policy = with_adapters(policy, cfg.model)
         model = ILQLModel(policy)
         module = loop.set_up(model)
-        batches = Batches(fabric, task, packed=packed, targets="response", extras=rewards_of)
+        batches = Batches(fabric, task, packed=policy.packed, targets="response", extras=rewards_of)
         loop.begin(lambda rows, _: partial(batches.of, rows))
         loss_fn = partial(ilql_loss, task=task)
 

@@ -121,8 +121,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         warning = weights_warning(num_desirable, len(loop.rows) - num_desirable, task)
         if warning:
             run.say(warning)
-        policy, packed = loop.load_policy()
-        key = reference_key(policy, cfg, packed=packed)
+        policy = loop.load_policy()
+        key = reference_key(policy, cfg)
         policy = with_adapters(policy, cfg.model)
         reference = set_up_with_reference(loop, policy)
         module = loop.module
@@ -135,7 +135,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 raise DataError("all training rows have one prompt, and KTO compares responses to several prompts")
             name = f"{split}-mismatched"
             data = loop.data._replace(splits=loop.data.splits | {name: pairs})
-            cut = partial(batches_with_reference, fabric, task, reference, data, key=key, packed=packed)
+            cut = partial(batches_with_reference, fabric, task, reference, data, key=key, packed=policy.packed)
             return pairs, cut(name, read), cut(split, read)
 
         def load_of(

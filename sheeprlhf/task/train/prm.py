@@ -43,12 +43,12 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     assert isinstance(task, PRMConfig)
     with open_run(fabric, cfg, run_dir) as run:
         loop = TrainLoop(fabric, run)
-        policy, packed = loop.load_policy(new_head=True)
+        policy = loop.load_policy(new_head=True)
         model = reward_model_of(policy, cfg.model, loop.tokenizer)
         [separator] = {getattr(data, "step_separator", None) for data in datasets_of(cfg.data)}
         setattr(model.classifier().config, SEPARATOR, separator)
         module = loop.set_up(model)
-        batches = Batches(fabric, task, packed=packed, targets="steps", extras=labels_of)
+        batches = Batches(fabric, task, packed=policy.packed, targets="steps", extras=labels_of)
         loop.begin(lambda rows, _: partial(batches.of, rows))
 
         def validate() -> None:

@@ -68,14 +68,16 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     assert isinstance(task, RMConfig)
     with open_run(fabric, cfg, run_dir) as run:
         loop = TrainLoop(fabric, run)
-        policy, packed = loop.load_policy(new_head=not task.likelihood_coeff)
+        policy = loop.load_policy(new_head=not task.likelihood_coeff)
         model = reward_model_of(policy, cfg.model, loop.tokenizer)
         if task.likelihood_coeff:
             model.keep_language_head(policy.causal_lm())
         module = loop.set_up(model)
         targets = "last" if task.loss_type in RMConfig.of_last_tokens else "scores"
-        texts = Batches(fabric, task, packed=packed, targets="response")
-        batches = Batches(fabric, task, packed=packed, targets=targets, num_items=lambda batch: len(batch.row_ids))
+        texts = Batches(fabric, task, packed=model.packed, targets="response")
+        batches = Batches(
+            fabric, task, packed=model.packed, targets=targets, num_items=lambda batch: len(batch.row_ids)
+        )
         loop.begin(lambda rows, _: partial(batches.of, rows))
 
         loss_fn = partial(rm_loss, loss_type=task.loss_type, center=task.center_rewards_coefficient)
@@ -95,7 +97,9 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             if step.validates:
                 validate()
         if task.normalize_on == "demonstrations" and not is_finished(run.dir):
-            pairs = Batches(fabric, task, packed=packed, targets="last", num_items=lambda batch: len(batch.pairs_P2))
+            pairs = Batches(
+                fabric, task, packed=model.packed, targets="last", num_items=lambda batch: len(batch.pairs_P2)
+            )
             rows = loop.plan.rows_until(loop.state.step)
             micro_batches = (micro for _, micro in pairs.numbered(loop.rows, rows, "normalising"))
             model.offset = evaluate(fabric, module, micro_batches, chosen_scores)["loss"]

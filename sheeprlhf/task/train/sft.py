@@ -96,12 +96,13 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     assert isinstance(task, SFTConfig)
     with open_run(fabric, cfg, run_dir) as run:
         loop = TrainLoop(fabric, run)
-        policy, packed = loop.load_policy()
+        policy = loop.load_policy()
         router = router_loss_of(policy.causal_lm(), run.say)
         policy = with_adapters(policy, cfg.model)
         policy.neftune_alpha = cfg.model.neftune_alpha
         module = loop.set_up(policy)
-        batches = Batches(fabric, task, packed=packed, targets="response" if task.completion_only_loss else "all")
+        targets = "response" if task.completion_only_loss else "all"
+        batches = Batches(fabric, task, packed=policy.packed, targets=targets)
         loop.begin(lambda rows, _: partial(batches.of, rows))
 
         def validate() -> None:

@@ -46,12 +46,12 @@ def examples() -> list[Example]:
     ]
 
 
-def policy_of(folder: Path, say: Callable[[str], None] = print, **options: Any) -> tuple[Policy, bool]:
+def policy_of(folder: Path, say: Callable[[str], None] = print, **options: Any) -> Policy:
     cfg = ModelConfig(config_name="auto", repo_name=str(folder))
     return load_policy(cfg, load_tokenizer(cfg), **{"longest": 64, "batching": "auto"} | options, say=say)
 
 
-def reward_of(folder: Path, say: Callable[[str], None] = print, **options: Any) -> tuple[RewardModel, bool]:
+def reward_of(folder: Path, say: Callable[[str], None] = print, **options: Any) -> RewardModel:
     cfg = ModelConfig(config_name="auto", repo_name=str(folder))
     return load_reward_model(cfg, load_tokenizer(cfg), **{"longest": 64, "batching": "auto"} | options, say=say)
 
@@ -60,7 +60,8 @@ def reward_of(folder: Path, say: Callable[[str], None] = print, **options: Any) 
 def test_log_probabilities_equal_those_of_rows_alone(architecture: str, model_folder: ModelFolder) -> None:
     """Packed where the model can be; also of batches that are padded on either side, with a token of the texts."""
     lines: list[str] = []
-    policy, packed = policy_of(model_folder(architecture), lines.append)
+    policy = policy_of(model_folder(architecture), lines.append)
+    packed = policy.packed
     assert packed == (architecture not in (*UNPACKED, "falcon")) and len(lines) == (not packed)
     assert packed or lines[0].startswith("batches are padded")
     rows = examples()
@@ -85,9 +86,9 @@ def test_attention_by_choice_is_padded(attention: str, model_folder: ModelFolder
     cfg = ModelConfig(config_name="auto", repo_name=str(model_folder()), attn_implementation=attention)
     lines: list[str] = []
     options: dict[str, Any] = {"longest": 64, "batching": "auto", "say": lines.append}
-    policy, packed = load_policy(cfg, load_tokenizer(cfg), **options)
+    policy = load_policy(cfg, load_tokenizer(cfg), **options)
     assert policy.causal_lm().config._attn_implementation == attention
-    assert not packed and f"model.attn_implementation={attention}" in lines[0]
+    assert not policy.packed and f"model.attn_implementation={attention}" in lines[0]
     plain = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         found = policy.eval()(collate_padded(examples(), pad_id=0)).target_N
@@ -101,7 +102,8 @@ def test_attention_by_choice_is_padded(attention: str, model_folder: ModelFolder
 def test_scores_equal_those_of_rows_alone(architecture: str, tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "model", architecture, scores=True)
     lines: list[str] = []
-    reward, packed = reward_of(folder, lines.append)
+    reward = reward_of(folder, lines.append)
+    packed = reward.packed
     assert packed == (architecture not in UNPACKED) and len(lines) == (not packed)
     rows = examples()
     plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
@@ -133,7 +135,7 @@ def test_which_configurations_limit_packed_rows(
     changes: dict[str, Any], longest: int | None, model_folder: ModelFolder
 ) -> None:
     """`longest` is the length from which on rows are cut; None: none, 0: all."""
-    policy, _ = policy_of(model_folder("llama"))
+    policy = policy_of(model_folder("llama"))
     model = policy.causal_lm()
     for key, value in changes.items():
         setattr(model.config, key, value)
@@ -147,13 +149,13 @@ def test_dynamic_rotary_embeddings_are_the_same_for_all_rows_that_a_model_reads(
     folder = make_model_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text()) | {"rope_parameters": rope, "max_position_embeddings": 40}
     (folder / "config.json").write_text(json.dumps(config))
-    policy, packed = policy_of(folder, longest=40)
+    policy = policy_of(folder, longest=40)
     rows = [row for row in examples() if sum(map(len, (row.prompt_ids, *row.responses))) <= 40]
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = [response_logprobs(plain, row.prompt_ids, response) for row in rows for response in row.responses]
         found = [policy.eval()(batch).target_N for batch in (collate_packed(rows), collate_padded(rows, pad_id=0))]
-    assert packed and len(rows) == 4
+    assert policy.packed and len(rows) == 4
     for target_N in found:
         assert_close(target_N, torch.cat(expected), rtol=0, atol=1e-5)
     with pytest.raises(ModelError, match=r"data\.max_length=40"):
@@ -164,7 +166,7 @@ def test_dynamic_rotary_embeddings_are_the_same_for_all_rows_that_a_model_reads(
 def test_what_is_written_is_that_of_an_argmax_loop(architecture: str, model_folder: ModelFolder) -> None:
     """By every way to write; prompts of different lengths, responses beyond all windows."""
     folder = model_folder(architecture)
-    policy, packed = policy_of(folder)
+    policy = policy_of(folder)
     model, tokenizer = policy.causal_lm().eval(), load_tokenizer(ModelConfig(config_name="auto", repo_name=str(folder)))
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -180,7 +182,7 @@ def test_what_is_written_is_that_of_an_argmax_loop(architecture: str, model_fold
         temperature=1.0,
         end_ids=[],
         token_budget=1000,
-        packed=packed,
+        packed=policy.packed,
         top_k=1,
     )
     for one, ids in zip(sampled, expected, strict=True):
@@ -203,7 +205,7 @@ def _greedy(model: Any, prompt: np.ndarray, count: int) -> list[int]:
 
 def test_a_cache_that_is_wrong_is_not_used(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def rows(architecture: str) -> Any:
-        return unpacked_decoder(policy_of(model_folder(architecture))[0].causal_lm().eval())
+        return unpacked_decoder(policy_of(model_folder(architecture)).causal_lm().eval())
 
     assert isinstance(rows("qwen3_5_text"), PaddedDecoder)
     assert isinstance(rows("llama"), PaddedDecoder)
@@ -213,7 +215,7 @@ def test_a_cache_that_is_wrong_is_not_used(model_folder: ModelFolder, monkeypatc
 
 @pytest.mark.parametrize("architecture", ["qwen3_5_text", "gemma3_text", "mixtral"])
 def test_log_probabilities_of_the_engine_of_transformers(architecture: str, model_folder: ModelFolder) -> None:
-    policy, _ = policy_of(model_folder(architecture))
+    policy = policy_of(model_folder(architecture))
     prompts = [row.prompt_ids for row in examples()]
     uniforms = np.random.default_rng(0).random((len(prompts), 2, 10))
     sampled = engine_of("hf")(policy.causal_lm(), prompts, uniforms, temperature=1.0, end_ids=[], token_budget=1000)

@@ -39,7 +39,7 @@ from tests.support.models import ARCHITECTURES
 ModelFolder = Callable[..., Path]
 
 
-def load(folder: Path, *, longest: int = 64, batching: str = "auto", **options: Any) -> tuple[Policy, bool]:
+def load(folder: Path, *, longest: int = 64, batching: str = "auto", **options: Any) -> Policy:
     cfg = ModelConfig(config_name="auto", repo_name=str(folder), **options)
     return load_policy(cfg, load_tokenizer(cfg), longest=longest, batching=batching)
 
@@ -47,18 +47,18 @@ def load(folder: Path, *, longest: int = 64, batching: str = "auto", **options: 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_all_but_falcon_pack_in_every_number_format(architecture: str, dtype: str, model_folder: ModelFolder) -> None:
-    policy, packed = load(model_folder(architecture), dtype=dtype)
+    policy = load(model_folder(architecture), dtype=dtype)
     problem = packing_problem(policy, policy.causal_lm(), 64)
-    assert packed == (not problem) == (architecture != "falcon"), problem
+    assert policy.packed == (not problem) == (architecture != "falcon"), problem
     if problem:
         assert "FalconForCausalLM" in problem
-    assert not load(model_folder(architecture), batching="padded")[1]
+    assert not load(model_folder(architecture), batching="padded").packed
     assert all(module.training for module in policy.modules())
 
 
 def test_a_window_that_an_attention_does_not_get_limits_packed_rows(model_folder: ModelFolder) -> None:
     for name in ("llama", "mistral"):
-        model = load(model_folder(name))[0].causal_lm()
+        model = load(model_folder(name)).causal_lm()
         model.config.sliding_window = 16
         assert packing_limit(model, 16) == ""
         assert ("16" in packing_limit(model, 17)) == (name == "llama")
@@ -74,13 +74,13 @@ def test_a_model_that_is_wrong_on_packed_rows_is_found_out(
         return batch._replace(position_ids_BT=torch.arange(batch.input_ids_BT.shape[1])[None])
 
     monkeypatch.setattr(batching_module, "collate_packed", without_positions)
-    assert not load(model_folder("gpt2"))[1]
+    assert not load(model_folder("gpt2")).packed
     with pytest.raises(ModelError, match=r"task\.batching=packed"):
         load(model_folder("gpt2"), batching="packed")
 
 
 def test_the_check_consumes_no_random_number(model_folder: ModelFolder) -> None:
-    policy, _ = load(model_folder("gpt2"), disable_dropout=False)
+    policy = load(model_folder("gpt2"), disable_dropout=False)
     state = torch.get_rng_state()
     assert packing_problem(policy, policy.causal_lm(), 64) == ""
     assert torch.equal(torch.get_rng_state(), state)
@@ -88,7 +88,7 @@ def test_the_check_consumes_no_random_number(model_folder: ModelFolder) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "falcon"])
 def test_final_is_what_transformers_loads(architecture: str, tmp_path: Path, model_folder: ModelFolder) -> None:
-    policy, _ = load(model_folder(architecture))
+    policy = load(model_folder(architecture))
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.5)
@@ -105,7 +105,7 @@ def test_final_is_what_transformers_loads(architecture: str, tmp_path: Path, mod
 def test_only_adapters_have_gradients(model_folder: ModelFolder) -> None:
     """The base is the same, bit for bit, after training steps."""
     torch.manual_seed(0)
-    policy, _ = load(model_folder("llama"), finetune_mode="LORA", lora_cfg=LORAConfig(rank=2))
+    policy = load(model_folder("llama"), finetune_mode="LORA", lora_cfg=LORAConfig(rank=2))
     before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.1)
     for _ in range(3):
@@ -118,7 +118,7 @@ def test_only_adapters_have_gradients(model_folder: ModelFolder) -> None:
 
 @pytest.mark.parametrize("mode", ["ALL", "LORA"])
 def test_the_mean_over_the_vocabulary(mode: str, model_folder: ModelFolder) -> None:
-    policy, _ = load(model_folder("llama"), finetune_mode=mode)
+    policy = load(model_folder("llama"), finetune_mode=mode)
     example = random_examples(1)[0]
     ids = torch.tensor([*example.prompt_ids.tolist(), *example.responses[0].tolist()])
     logprobs = policy.causal_lm()(input_ids=ids[None]).logits[0].log_softmax(-1)
@@ -132,7 +132,7 @@ def test_the_mean_over_the_vocabulary(mode: str, model_folder: ModelFolder) -> N
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_half_precision_model_is_scored_in_float32(grad: bool, model_folder: ModelFolder) -> None:
     """Trap 12: with and without a gradient, the log-softmax of its bf16 logits is taken in float32."""
-    policy, _ = load(model_folder("llama"), dtype="bfloat16")
+    policy = load(model_folder("llama"), dtype="bfloat16")
     examples = random_examples(1, longest=20)
     batch = collate_packed(examples)
     with torch.set_grad_enabled(grad):
@@ -148,7 +148,7 @@ def test_a_half_precision_model_is_scored_in_float32(grad: bool, model_folder: M
 @pytest.mark.parametrize("packed", [True, False])
 def test_noise_is_scaled_by_the_length_of_each_row(packed: bool, model_folder: ModelFolder) -> None:
     """NEFTune against plain transformers, one row at a time, with the same random numbers (arXiv 2310.05914)."""
-    policy, alpha = load(model_folder())[0], 30.0
+    policy, alpha = load(model_folder()), 30.0
     examples = random_examples(5)
     batch = collate_packed(examples) if packed else collate_padded(examples, pad_id=0)
     clean_N = policy(batch).target_N

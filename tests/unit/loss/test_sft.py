@@ -50,7 +50,7 @@ CUTS = ([(0, 1, 2, 3, 4)], [(0,), (1, 2), (), (3, 4)])
 
 def load(folder: Path, **options: bool) -> Policy:
     cfg = ModelConfig(config_name="auto", repo_name=str(folder), **options)
-    return load_policy(cfg, load_tokenizer(cfg), longest=32, batching="auto")[0]
+    return load_policy(cfg, load_tokenizer(cfg), longest=32, batching="auto")
 
 
 def step_of_transformers(folder: Path, rows: Sequence[Example]) -> tuple[float, float, dict[str, Tensor]]:

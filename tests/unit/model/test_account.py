@@ -185,7 +185,7 @@ def scores(folder: Path) -> torch.Tensor:
     """Of two texts, by our reward model."""
     cfg = ModelConfig(config_name="auto", repo_name=str(folder))
     tokenizer = load_tokenizer(cfg)
-    model, _ = load_reward_model(cfg, tokenizer, longest=64, batching="padded")
+    model = load_reward_model(cfg, tokenizer, longest=64, batching="padded")
     prompts = ([1, 2, 3], [4, 5, 6, 7])
     rows = [Example(0, np.array(ids[:1], np.int32), (np.array(ids[1:], np.int32),)) for ids in prompts]
     with torch.no_grad():

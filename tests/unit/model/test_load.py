@@ -208,7 +208,7 @@ def test_a_whole_model_is_saved_in_the_number_format_of_its_files(
     byte_tokenizer().save_pretrained(tmp_path / "base")
     cfg = ModelConfig(config_name="auto", repo_name=str(tmp_path / "base"), **options)
     tokenizer = load_tokenizer(cfg)
-    policy, _ = load_policy(cfg, tokenizer, longest=64, batching="auto")
+    policy = load_policy(cfg, tokenizer, longest=64, batching="auto")
     trained = reward_model_of(policy, cfg, tokenizer) if scores else policy
     with torch.no_grad():
         for weight in trained.parameters():

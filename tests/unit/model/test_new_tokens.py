@@ -27,7 +27,7 @@ def made(folder: Path, mode: str, **options: Any) -> tuple[Policy, Any]:
     words = {"config_name": "auto", "repo_name": str(folder), "finetune_mode": mode, "resize_embeddings": True}
     cfg = ModelConfig(**(words | {"extra_vocabulary": NEW} | options))  # type: ignore[arg-type]
     tokenizer = load_tokenizer(cfg)
-    return load_policy(cfg, tokenizer, longest=8, batching="auto")[0], tokenizer
+    return load_policy(cfg, tokenizer, longest=8, batching="auto"), tokenizer
 
 
 def learn(model: Any) -> None:

@@ -64,12 +64,12 @@ def make_setting(folder: Path, reward: Any, generation: GenConfig | None = None,
         generation=generation or GenConfig(max_new_tokens=6, temperature=TEMPERATURE),
     )
     tokenizer = load_tokenizer(model)
-    policy, packed = load_policy(model, tokenizer, longest=64, batching="auto")
+    policy = load_policy(model, tokenizer, longest=64, batching="auto")
     torch.manual_seed(0)
-    scorer = reward_model_of(load_policy(model, tokenizer, longest=64, batching="auto")[0], model, tokenizer)
+    scorer = reward_model_of(load_policy(model, tokenizer, longest=64, batching="auto"), model, tokenizer)
     rewards = {"model": TermModel(scorer.eval())}
     collect = RolloutCollector(
-        make_fabric(cfg.fabric), cfg, tokenizer, policy, reference_of(policy), rewards, packed=packed, **options
+        make_fabric(cfg.fabric), cfg, tokenizer, policy, reference_of(policy), rewards, **options
     )
     return Setting(cfg=cfg, collect=collect, policy=policy, reward=scorer, folder=folder)
 

@@ -95,7 +95,7 @@ def make_client(
     tokenizer = load_tokenizer(model)
     torch.manual_seed(7)  # of new adapters
     with LOADING:
-        policy, _ = load_policy(model, tokenizer, longest=64, batching="auto")
+        policy = load_policy(model, tokenizer, longest=64, batching="auto")
     policy.exclude_undefined(tokenizer)
     run_dir.mkdir(exist_ok=True)
     said: list[str] = []

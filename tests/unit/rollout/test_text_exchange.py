@@ -93,13 +93,13 @@ def plain_score(folder: Path, prompt: str, response: str, finished: bool) -> flo
 def test_scores_are_those_of_the_text(judge: Path) -> None:
     cfg = AutoModelConfig(repo_name=str(judge))
     reader = load_tokenizer(cfg)
-    model, _ = load_reward_model(cfg, reader, longest=64, batching="padded", say=print)
+    model = load_reward_model(cfg, reader, longest=64, batching="padded", say=print)
     rollout, texts = rollout_of(PROMPTS, RESPONSES, FINISHED)
     read = rollout.encoded_by(TextExchange(byte_tokenizer(), reader, print), texts)
     assert int(read.rows[0].responses[0][-1]) == 0  # its own end token
     assert int(read.rows[0].responses[1][-1]) != 0  # this one was cut
     fabric = make_fabric(FabricConfig(config_name="cpu", accelerator="cpu"))
-    found = predict_scores(fabric, RLOOConfig(), model.eval(), read, reader, packed=False)
+    found = predict_scores(fabric, RLOOConfig(), model.eval(), read, reader)
     expected = [
         plain_score(judge, PROMPTS[number // 2], text, ended)
         for number, (text, ended) in enumerate(zip(RESPONSES, FINISHED, strict=True))
@@ -110,12 +110,12 @@ def test_scores_are_those_of_the_text(judge: Path) -> None:
 def test_what_is_longer_than_the_reward_model_reads(judge: Path) -> None:
     cfg = AutoModelConfig(repo_name=str(judge))
     reader = load_tokenizer(cfg)
-    model, _ = load_reward_model(cfg, reader, longest=64, batching="padded", say=print)
+    model = load_reward_model(cfg, reader, longest=64, batching="padded", say=print)
     rollout, texts = rollout_of(("x" * 80,), ("y" * 20, "y"), (True, True))
     read = rollout.encoded_by(TextExchange(byte_tokenizer(), reader, print), texts)
     fabric = make_fabric(FabricConfig(config_name="cpu", accelerator="cpu"))
     with pytest.raises(RewardError, match=r"102 tokens .* 96 positions"):
-        predict_scores(fabric, RLOOConfig(), model, read, reader, packed=False)
+        predict_scores(fabric, RLOOConfig(), model, read, reader)
 
 
 def test_control_tokens_stay_control_tokens_and_strange_ones_are_reported(judge: Path) -> None:
@@ -208,12 +208,12 @@ def test_scores_in_the_chat_template(judge: Path, tmp_path: Path) -> None:
     folder = with_template(judge, tmp_path / "chat")
     cfg = AutoModelConfig(repo_name=str(folder))
     reader = load_tokenizer(cfg)
-    model, _ = load_reward_model(cfg, reader, longest=96, batching="padded", say=print)
+    model = load_reward_model(cfg, reader, longest=96, batching="padded", say=print)
     texts_of_turns = (*RESPONSES[:3], " at <end> at")
     rollout, texts = rollout_of(PROMPTS, texts_of_turns, FINISHED)
     read = rollout.encoded_by(TextExchange(byte_tokenizer(), reader, print, chat=True), texts)
     fabric = make_fabric(FabricConfig(config_name="cpu", accelerator="cpu"))
-    found = predict_scores(fabric, RLOOConfig(), model.eval(), read, reader, packed=False).tolist()
+    found = predict_scores(fabric, RLOOConfig(), model.eval(), read, reader).tolist()
     assert found[:2] == pytest.approx([chat_score(folder, turns(PROMPTS[0], text)) for text in RESPONSES[:2]], abs=1e-5)
     ids = [*read.rows[1].prompt_ids, *read.rows[1].responses[1]]
     assert ids.count(0) == 2  # the ends of the two turns, id 0

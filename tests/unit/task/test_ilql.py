@@ -78,7 +78,7 @@ def test_values_and_the_weighted_policy_at_their_optimum(model_folder: Callable[
     """Without discount Q is the reward and V its expectile; Q shifts the log-odds, 0 to .7311 for equal logits."""
     cfg = ModelConfig(config_name="auto", repo_name=str(model_folder()))
     torch.manual_seed(0)
-    policy, _ = load_policy(cfg, load_tokenizer(cfg), longest=16, batching="packed")
+    policy = load_policy(cfg, load_tokenizer(cfg), longest=16, batching="packed")
     policy.requires_grad_(False)
     model, task = ILQLModel(policy), ILQLConfig(gamma=1.0, cql_coeff=0.0, expectile=0.7, target_update_rate=1.0)
     rows: object = Rows()
@@ -114,7 +114,7 @@ def test_the_parts_of_the_loss_by_hand(model_folder: Callable[..., Path]) -> Non
     """The sum of the parts with their weights; Q logits are compared with a plain softmax."""
     cfg = ModelConfig(config_name="auto", repo_name=str(model_folder()))
     torch.manual_seed(1)
-    policy, _ = load_policy(cfg, load_tokenizer(cfg), longest=16, batching="packed")
+    policy = load_policy(cfg, load_tokenizer(cfg), longest=16, batching="packed")
     model, rows = ILQLModel(policy), Rows().examples([0, 1])
     batch, rewards = collate_packed(rows), torch.tensor([0.5, -1.0])
     task = ILQLConfig(gamma=0.9, cql_coeff=0.3, awac_coeff=2.0, awac_beta=1.5, expectile=0.8)
@@ -160,7 +160,7 @@ def test_the_memory_plan_counts_the_heads(model_folder: Callable[..., Path]) -> 
     parts = step_plan(
         TrainConfig(task=ILQLConfig(), model=cfg, data=data, fabric=fabric, optim=AdamWConfig()), device="cpu"
     )
-    policy, _ = load_policy(cfg, load_tokenizer(cfg), longest=16, batching="packed")
+    policy = load_policy(cfg, load_tokenizer(cfg), longest=16, batching="packed")
     model = ILQLModel(policy)
     trainable = [p.numel() for p in model.parameters() if p.requires_grad]
     assert parts.weights == 4 * sum(p.numel() for p in (*model.parameters(), *model.buffers()))

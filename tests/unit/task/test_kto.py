@@ -134,8 +134,8 @@ class Ours(NamedTuple):
 def as_policy(folder: Path, model: PreTrainedModel) -> Policy:
     """A model of the task's own with these weights."""
     cfg = AutoModelConfig(repo_name=str(folder))
-    policy, packed = load_policy(cfg, AutoTokenizer.from_pretrained(folder), longest=60, batching="auto")
-    assert packed
+    policy = load_policy(cfg, AutoTokenizer.from_pretrained(folder), longest=60, batching="auto")
+    assert policy.packed
     policy.causal_lm().load_state_dict(model.state_dict())
     return policy
 

@@ -127,14 +127,14 @@ def test_scores_of_a_rollout(scorer: Path) -> None:
     row = Example(0, np.array(prompt, np.int32), tuple(np.array(r, np.int32) for r in responses))
     rollout = Rollout((row,), np.zeros((1, 2)), np.array([[True, False]]), {})
     model = RewardModel(AutoModelForSequenceClassification.from_pretrained(scorer, dtype=torch.float32).eval())
-    model.classifier().config.step_separator = "\n"
+    model.packed, model.classifier().config.step_separator = False, "\n"
     good = [plain_scores(scorer, prompt, response).sigmoid() for response in responses]
     fabric = make_fabric(FabricConfig(config_name="cpu", accelerator="cpu"))
     of = (fabric, PPOConfig(), model, rollout, load_tokenizer(AutoModelConfig(repo_name=str(scorer))))
     lowest = torch.stack([good[0][[1, 4]].min(), good[1][2]])
-    assert_close(response_scores(*of, packed=False), lowest.double(), rtol=0, atol=1e-6)
+    assert_close(response_scores(*of), lowest.double(), rtol=0, atol=1e-6)
     each = torch.tensor([0, good[0][1], 0, 0, good[0][4], 0, 0, good[1][2]])
-    assert_close(response_scores(*of, packed=False, step_score="each"), each, rtol=0, atol=1e-6)
+    assert_close(response_scores(*of, step_score="each"), each, rtol=0, atol=1e-6)
 
 
 def test_figures_of_steps_by_hand() -> None:

@@ -54,7 +54,7 @@ class Rows:
 
 def policy_of(folder: Path, **options: Any) -> Policy:
     cfg = ModelConfig(config_name="auto", repo_name=str(folder), **options)
-    return load_policy(cfg, load_tokenizer(cfg), longest=64, batching="packed")[0]
+    return load_policy(cfg, load_tokenizer(cfg), longest=64, batching="packed")
 
 
 def fabric() -> Fabric:
@@ -171,10 +171,10 @@ def test_the_key_tells_architectures_and_adapters_apart(tmp_path: Path, model_fo
     )
 
     def key(**options: Any) -> str:
-        policy, packed = load_policy(cfg.model, load_tokenizer(cfg.model), longest=64, batching="auto")
+        policy = load_policy(cfg.model, load_tokenizer(cfg.model), longest=64, batching="auto")
         for name, value in options.items():
             setattr(policy.causal_lm().config, name, value)
-        return reference_key(policy, cfg, packed=packed)
+        return reference_key(policy, cfg)
 
     keys = [key(), key(sliding_window=8)]
     assert key() == keys[0]

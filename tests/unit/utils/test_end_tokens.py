@@ -136,7 +136,7 @@ def test_texts_and_counts_are_without_the_end_token() -> None:
 def test_engines_end_at_the_first_of_the_set(name: str, model_folder: ModelFolder) -> None:
     """What is sampled is what is sampled without end tokens, up to the first one; native alone, which draws alike."""
     cfg = AutoModelConfig(repo_name=str(model_folder()))
-    policy, _ = load_policy(cfg, load_tokenizer(cfg), longest=64, batching="auto")
+    policy = load_policy(cfg, load_tokenizer(cfg), longest=64, batching="auto")
     uniforms = np.random.default_rng(0).random((2, 3, 8))
     prompts = [np.array([BOS, 70], dtype=np.int32), np.array([BOS, 71, 72], dtype=np.int32)]
     options: dict[str, Any] = dict(prompts=prompts, uniforms=uniforms, temperature=1.0, token_budget=10**4)
@@ -160,7 +160,7 @@ def test_engines_end_at_the_first_of_the_set(name: str, model_folder: ModelFolde
 def test_generate_and_stream_end_there_too(model_folder: ModelFolder, tmp_path: Path) -> None:
     cfg = AutoModelConfig(repo_name=str(model_folder()))
     tokenizer = turn_tokenizer()
-    model = load_policy(cfg, load_tokenizer(cfg), longest=64, batching="auto")[0].causal_lm().eval()
+    model = load_policy(cfg, load_tokenizer(cfg), longest=64, batching="auto").causal_lm().eval()
     prompt, options = np.array([BOS, 70], dtype=np.int32), GenConfig(max_new_tokens=8)
     free = list(stream_ids(model, prompt, options, end_ids=[], seed=0))
     with certain_at(model, 4, END):
@@ -208,7 +208,7 @@ def test_saved_folders_list_all_of_them(model_folder: ModelFolder, tmp_path: Pat
         cfg = AutoModelConfig(repo_name=str(source))
         tokenizer = load_tokenizer(cfg)
         assert set(end_tokens(tokenizer).ids) == {EOS, END}
-        policy, _ = load_policy(cfg, tokenizer, longest=64, batching="auto")
+        policy = load_policy(cfg, tokenizer, longest=64, batching="auto")
         policy.save(tmp_path / f"{source.name}-saved", tokenizer)
         assert GenerationConfig.from_pretrained(tmp_path / f"{source.name}-saved").eos_token_id == listed
         assert AutoModelForCausalLM.from_pretrained(tmp_path / f"{source.name}-saved").config.vocab_size == 260

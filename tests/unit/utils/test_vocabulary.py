@@ -63,7 +63,7 @@ def padded(model_folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory) 
 
 def policy_of(folder: Path) -> Policy:
     cfg = AutoModelConfig(repo_name=str(folder))
-    policy, _ = load_policy(cfg, load_tokenizer(cfg), longest=64, batching="auto")
+    policy = load_policy(cfg, load_tokenizer(cfg), longest=64, batching="auto")
     return policy.eval()
 
 
@@ -177,7 +177,7 @@ def test_a_model_without_a_row_for_the_largest_id_is_refused(model_folder: Model
     with pytest.raises(ModelError, match="270"):
         load_policy(cfg, tokenizer, longest=64, batching="auto")
     plain = AutoModelConfig(repo_name=str(model_folder()))
-    policy = load_policy(plain, load_tokenizer(plain), longest=64, batching="auto")[0]
+    policy = load_policy(plain, load_tokenizer(plain), longest=64, batching="auto")
     reward_model_of(policy, plain, load_tokenizer(plain)).save(tmp_path / "reward", load_tokenizer(plain))
     check_vocabulary(AutoModelConfig(repo_name=str(tmp_path / "reward")), num_rows_needed(load_tokenizer(plain)))
     holey_tokenizer().save_pretrained(tmp_path / "reward")
