@@ -50,29 +50,15 @@ def pair_losses(
     partners_P2: Tensor | None = None,
     delta: float = 0.0,
 ) -> Tensor:
-    """(P,) losses of pairs, from the summed log-probabilities of responses and their numbers of tokens.
+    """(P,) losses of `task.loss_type`, from the summed log-probabilities of responses and their numbers of tokens.
 
-    `partners_P2` are those of AOT in the whole step (see `with_partners`), `delta` is the shift of BCO.
+    `partners_P2` are those of AOT in the whole step (see `with_partners`), `delta` is the shift of BCO. Letters as in
+    loss/dpo.py.
     """
-    w, r = pairs_P2.unbind(1)  # winner, rejected
+    w, r = pairs_P2.unbind(1)
     h_S = sums_S if task.reference_free else sums_S - reference_S
     h_S = dpo.f_derivative(h_S, task.f_divergence, task.f_alpha)
-    lengths = (lengths_S[w], lengths_S[r])
-    if partners_P2 is not None and task.loss_type == "aot":
-        losses_P = dpo.sigmoid(sums_S[w] - sums_S[r], partners_P2[:, 0], task.beta, task.label_smoothing)
-    elif partners_P2 is not None:
-        losses_P = dpo.aot_unpaired(h_S[w], h_S[r], partners_P2, task.beta, task.label_smoothing)
-    elif task.loss_type == "bco":
-        losses_P = dpo.bco(h_S[w], h_S[r], task.beta, delta)
-    else:
-        losses_P = _losses_by_type(task, h_S[w], h_S[r], sums_S[w], sums_S[r], lengths)
-    return losses_P if task.sft_coeff == 0 else losses_P - task.sft_coeff * sums_S[w] / lengths_S[w]
-
-
-def _losses_by_type(
-    task: DPOConfig, h_w_P: Tensor, h_l_P: Tensor, lp_w_P: Tensor, lp_l_P: Tensor, lengths: tuple[Tensor, Tensor]
-) -> Tensor:
-    """(P,) losses of `task.loss_type`; letters as in loss/dpo.py."""
+    h_w_P, h_l_P, lp_w_P, lp_l_P, lengths = h_S[w], h_S[r], sums_S[w], sums_S[r], (lengths_S[w], lengths_S[r])
     match task.loss_type:
         case "sigmoid":
             return dpo.sigmoid(h_w_P, h_l_P, task.beta, task.label_smoothing)
@@ -100,6 +86,12 @@ def _losses_by_type(
             return dpo.simpo(lp_w_P, lp_l_P, *lengths, task.beta, task.simpo_gamma)
         case "orpo":
             return dpo.orpo(lp_w_P, lp_l_P, *lengths, task.beta)
+        case "bco":
+            return dpo.bco(h_w_P, h_l_P, task.beta, delta)
+        case "aot" if partners_P2 is not None:
+            return dpo.sigmoid(lp_w_P - lp_l_P, partners_P2[:, 0], task.beta, task.label_smoothing)
+        case "aot_unpaired" if partners_P2 is not None:
+            return dpo.aot_unpaired(h_w_P, h_l_P, partners_P2, task.beta, task.label_smoothing)
     raise ValueError(f"loss_type={task.loss_type!r}")
 
 
@@ -123,12 +115,14 @@ def dpo_loss(policy: nn.Module, content: tuple[Any, ...], *, task: DPOConfig, de
     lengths_S = batch.lengths_S
     of_step: dict[str, Any] = {"partners_P2": partners[0] if partners else None, "delta": delta}
     losses_P = pair_losses(task, sums_S, reference_S, lengths_S, batch.pairs_P2, **of_step)
+    w, r = batch.pairs_P2.unbind(1)  # winner, rejected
+    if task.sft_coeff:
+        losses_P = losses_P - task.sft_coeff * sums_S[w] / lengths_S[w]
     if task.use_weighting:  # WPO (arXiv 2406.11827, eq. 2): exp of the mean of log p(y_t) - log sum of p^2, no gradient
         relative_N = logprobs.target_N.detach() - logprobs.log_sum_squares_N
         means_S = sum_by_response(relative_N, batch.response_index_N, len(batch.response_lengths)) / lengths_S
         losses_P = losses_P * means_S[batch.pairs_P2].sum(dim=1).exp()
     rewards_S = task.beta * (sums_S - reference_S).detach()
-    w, r = batch.pairs_P2.unbind(1)
     metrics_P = {
         "rewards/chosen": rewards_S[w],
         "rewards/rejected": rewards_S[r],
