@@ -151,11 +151,8 @@ def noisy_embeddings(embedding: nn.Module, batch: Batch, alpha: float) -> Iterat
         noise_BTC = torch.empty_like(embeddings_BTC).uniform_(-1.0, 1.0)
         return embeddings_BTC + noise_BTC * scale_BT[..., None].to(noise_BTC.dtype)
 
-    hook = embedding.register_forward_hook(add_noise)
-    try:
+    with embedding.register_forward_hook(add_noise):
         yield
-    finally:
-        hook.remove()
 
 
 @contextmanager
@@ -170,12 +167,8 @@ def router_logits_of(backbone: nn.Module, real_BT: Tensor | None) -> Iterator[li
         layers = [logits.flatten(0, -2) for logits in output.router_logits]
         found.extend(layers if real_BT is None else [logits[real_BT.flatten()] for logits in layers])
 
-    hooks = [backbone.register_forward_pre_hook(ask, with_kwargs=True), backbone.register_forward_hook(keep)]
-    try:
+    with backbone.register_forward_pre_hook(ask, with_kwargs=True), backbone.register_forward_hook(keep):
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def hidden_at_head(backbone: nn.Module, batch: Batch) -> Tensor:

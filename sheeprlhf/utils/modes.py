@@ -86,8 +86,5 @@ def accepted(module: nn.Module, **inputs: Any) -> dict[str, Any]:
 def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
     """Record the inputs of a module during the block."""
     inputs: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
-    try:
+    with module.register_forward_pre_hook(lambda _, given: inputs.append(given[0])):
         yield inputs
-    finally:
-        hook.remove()
