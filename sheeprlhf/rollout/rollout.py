@@ -534,14 +534,13 @@ class RolloutCollector:
 
     def _scores_by(self, term: TermModel, rollout: Rollout) -> list[Any]:
         """All ranks: return a reward model's score of each response; with `step_score=each`, one of each token."""
-        fabric, task, reward = self._fabric, self._cfg.task, term.model
-        step_score = getattr(self._cfg.reward, "step_score", "min")
+        reward, tokenizer, step_score = term.model, self._tokenizer, getattr(self._cfg.reward, "step_score", "min")
         if isinstance(reward, RewardModel) and term.exchange is not None:
             if reward.step_separator is not None and step_score == "each":
                 raise RewardError("reward.step_score=each needs a reward model with the policy's tokens: give min")
-            encoded, own = rollout.encoded_by(term.exchange, rollout.texts), term.exchange.reward
-            return predict_scores(fabric, task, reward, encoded, own, step_score=step_score).tolist()
-        scores_S = response_scores(fabric, task, reward, rollout, self._tokenizer, step_score=step_score)
+            rollout, tokenizer = rollout.encoded_by(term.exchange, rollout.texts), term.exchange.reward
+            check_positions(reward, rollout)
+        scores_S = response_scores(self._fabric, self._cfg.task, reward, rollout, tokenizer, step_score=step_score)
         if len(scores_S) == rollout.scores.size:
             return scores_S.tolist()
         sizes = [len(ids) for ids in rollout.texts.completion_ids]
@@ -587,20 +586,8 @@ class RolloutCollector:
             self._reward.moments = RunningMoments(**moments)
 
 
-def predict_scores(
-    fabric: Fabric,
-    options: BatchOptions,
-    model: RewardModel,
-    rollout: Rollout,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    step_score: str = "min",
-) -> Tensor:
-    """All ranks: `response_scores` of a rollout in the reward model's own tokens.
-
-    Raises:
-        RewardError: a prompt with its response has more tokens than the reward model has positions.
-    """
+def check_positions(model: RewardModel, rollout: Rollout) -> None:
+    """Raises RewardError if a prompt with its response has more tokens than the reward model has positions."""
     positions = getattr(model.classifier().config, "max_position_embeddings", None)
     longest = longest_of(rollout)
     if isinstance(positions, int) and longest > positions:
@@ -608,7 +595,6 @@ def predict_scores(
             f"a prompt with its response has {longest} tokens of the reward model, which has {positions} positions: "
             "lower generation.max_new_tokens or data.max_prompt_length"
         )
-    return response_scores(fabric, options, model, rollout, tokenizer, step_score=step_score)
 
 
 def response_scores(

@@ -30,7 +30,15 @@ from sheeprlhf.engine.shard import place
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.reward.score import RawScores, build_reward
 from sheeprlhf.rollout.engines import StopStrings
-from sheeprlhf.rollout.rollout import decode_rollout, distinct_bigrams, kl_bound, longest_of, predict_scores, to_rollout
+from sheeprlhf.rollout.rollout import (
+    check_positions,
+    decode_rollout,
+    distinct_bigrams,
+    kl_bound,
+    longest_of,
+    response_scores,
+    to_rollout,
+)
 from sheeprlhf.rollout.sampler import Sampled
 from sheeprlhf.rollout.sources import episode_metrics
 from sheeprlhf.structure.evaluation import NOTHING, REFERENCES, START, FrontierConfig, RewardConfig
@@ -156,8 +164,9 @@ class Judge:
             exchange = TextExchange(answers.tokenizer, tokenizer, job.say)
             rollout = rollout.encoded_by(exchange, answers.texts, self._own_prompts[term])
         model = self._model(term, max(self._longest, longest_of(rollout)))
+        check_positions(model, rollout)
         of = (self._fabric, self._cfg.task, model, rollout, tokenizer)
-        return predict_scores(*of, step_score=self._step_score()).double().tolist()
+        return response_scores(*of, step_score=self._step_score()).double().tolist()
 
     def _step_score(self) -> str:
         return getattr(self._cfg.reward, "step_score", "min")

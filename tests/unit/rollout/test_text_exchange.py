@@ -19,7 +19,7 @@ from sheeprlhf.data.tokenize import TextExchange
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.reward.score import Texts
-from sheeprlhf.rollout.rollout import Rollout, predict_scores
+from sheeprlhf.rollout.rollout import Rollout, check_positions, response_scores
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.rollout import RLOOConfig
 from sheeprlhf.structure.run import FabricConfig
@@ -99,7 +99,7 @@ def test_scores_are_those_of_the_text(judge: Path) -> None:
     assert int(read.rows[0].responses[0][-1]) == 0  # its own end token
     assert int(read.rows[0].responses[1][-1]) != 0  # this one was cut
     fabric = make_fabric(FabricConfig(config_name="cpu", accelerator="cpu"))
-    found = predict_scores(fabric, RLOOConfig(), model.eval(), read, reader)
+    found = response_scores(fabric, RLOOConfig(), model.eval(), read, reader)
     expected = [
         plain_score(judge, PROMPTS[number // 2], text, ended)
         for number, (text, ended) in enumerate(zip(RESPONSES, FINISHED, strict=True))
@@ -113,9 +113,8 @@ def test_what_is_longer_than_the_reward_model_reads(judge: Path) -> None:
     model = load_reward_model(cfg, reader, longest=64, batching="padded", say=print)
     rollout, texts = rollout_of(("x" * 80,), ("y" * 20, "y"), (True, True))
     read = rollout.encoded_by(TextExchange(byte_tokenizer(), reader, print), texts)
-    fabric = make_fabric(FabricConfig(config_name="cpu", accelerator="cpu"))
     with pytest.raises(RewardError, match=r"102 tokens .* 96 positions"):
-        predict_scores(fabric, RLOOConfig(), model, read, reader)
+        check_positions(model, read)
 
 
 def test_control_tokens_stay_control_tokens_and_strange_ones_are_reported(judge: Path) -> None:
@@ -213,7 +212,7 @@ def test_scores_in_the_chat_template(judge: Path, tmp_path: Path) -> None:
     rollout, texts = rollout_of(PROMPTS, texts_of_turns, FINISHED)
     read = rollout.encoded_by(TextExchange(byte_tokenizer(), reader, print, chat=True), texts)
     fabric = make_fabric(FabricConfig(config_name="cpu", accelerator="cpu"))
-    found = predict_scores(fabric, RLOOConfig(), model.eval(), read, reader).tolist()
+    found = response_scores(fabric, RLOOConfig(), model.eval(), read, reader).tolist()
     assert found[:2] == pytest.approx([chat_score(folder, turns(PROMPTS[0], text)) for text in RESPONSES[:2]], abs=1e-5)
     ids = [*read.rows[1].prompt_ids, *read.rows[1].responses[1]]
     assert ids.count(0) == 2  # the ends of the two turns, id 0
