@@ -116,9 +116,10 @@ class RewardModel(nn.Module):
         write_file(folder, "README.md", card.encode())  # over the one of PEFT
 
 
-def offset_of(folder: Path) -> float:
-    """The offset in the config.json that `RewardModel.save` has put next to adapters."""
-    return _checked_offset(read_json(folder, "config.json").get(OFFSET, 0.0), folder)
+def read_score_options(folder: Path) -> tuple[float, str | None]:
+    """Offset and step separator in the config.json that `RewardModel.save` has put next to adapters."""
+    config = read_json(folder, "config.json")
+    return _checked_offset(config.get(OFFSET, 0.0), folder), _checked_separator(config.get(SEPARATOR))
 
 
 def _checked_offset(offset: Any, folder: object) -> float:
@@ -126,11 +127,6 @@ def _checked_offset(offset: Any, folder: object) -> float:
         shown = "a huge number" if type(offset) is int else str(offset)[:40]
         raise ModelError(f"{folder}: {OFFSET} in config.json is {shown}: it must be a number below {_MAX_OFFSET:g}")
     return float(offset)
-
-
-def separator_of(folder: Path) -> str | None:
-    """The step separator in the config.json that `RewardModel.save` has put next to adapters; None if there is none."""
-    return _checked_separator(read_json(folder, "config.json").get(SEPARATOR))
 
 
 def _checked_separator(value: Any) -> str | None:
@@ -185,8 +181,8 @@ def reward_model_of(
     reward.packed = policy.packed
     if adapter is not None:
         reward.model = load_lora(model, adapter, say)
-        reward.offset = offset_of(adapter)
-        setattr(reward.classifier().config, SEPARATOR, separator_of(adapter))
+        reward.offset, separator = read_score_options(adapter)
+        setattr(reward.classifier().config, SEPARATOR, separator)
         return reward
     if cfg.freeze_transformer:
         model.requires_grad_(False)

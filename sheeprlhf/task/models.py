@@ -19,9 +19,8 @@ from sheeprlhf.agent.reward import (
     AdapterValueModel,
     RewardModel,
     load_reward_model,
-    offset_of,
+    read_score_options,
     reward_model_of,
-    separator_of,
 )
 from sheeprlhf.config.model_lookup import (
     REWARD_MODEL,
@@ -365,7 +364,7 @@ def _load_reward(
         head = nn.Linear(1, 1, bias=False)
         head.weight = nn.Parameter(load_score_adapter(policy.model, final, REWARD, run.say).float())
         run.say("reward, critic and reference share the policy's base")
-        return AdapterValueModel(policy, REWARD, head, offset_of(final), separator_of(final))
+        return AdapterValueModel(policy, REWARD, head, *read_score_options(final))
     return load_separate_reward_model(run.cfg, tokenizer, term, longest=longest, say=run.say)
 
 

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sheeprlhf.agent.reward import RewardModel, offset_of
+from sheeprlhf.agent.reward import RewardModel, read_score_options
 from sheeprlhf.data.example import collate_packed, collate_padded
 from sheeprlhf.model.attention import PACKED, register
 from sheeprlhf.model.folder.load import scalar_model
@@ -74,6 +74,6 @@ def test_padding_is_a_token_without_another_role() -> None:
 def test_an_offset_that_cannot_be_is_refused(odd: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(f'{{"reward_offset": {odd}}}')
     with pytest.raises(ModelError, match="reward_offset"):
-        offset_of(tmp_path)
+        read_score_options(tmp_path)
     (tmp_path / "config.json").write_text('{"reward_offset": -2}')
-    assert offset_of(tmp_path) == -2.0
+    assert read_score_options(tmp_path) == (-2.0, None)
