@@ -120,7 +120,7 @@ def main() -> None:
         critic = load_reward_model(of_scorer, tokenizer, **how)
         module, critic_module, optimizer = set_up(fabric, cfg, policy, critic)
     else:
-        module, optimizer = fabric.setup(policy, build_optimizer(cfg.optim, policy, cfg.peak_lr()))
+        module, optimizer = fabric.setup(policy, build_optimizer(cfg.optim, (policy.parameters(), cfg.peak_lr())))
     collect = RolloutCollector(fabric, cfg, tokenizer, policy, reference_of(policy), rewards)
     per_token = partial(
         token_values, names=("logprobs", "reference", "advantages", *(["values", "returns"] * bool(critic)))

@@ -106,7 +106,7 @@ def main() -> None:
     batching = "padded" if args.padded else "packed"
     load = load_reward_model if args.task == "rm" else load_policy
     trained = load(model, load_tokenizer(model), longest=int(lengths.max()), batching=batching)
-    optimizer = build_optimizer(AdamWConfig(weight_decay=0.0), trained, 1e-5)
+    optimizer = build_optimizer(AdamWConfig(weight_decay=0.0), (trained.parameters(), 1e-5))
     module, optimizer = fabric.setup(trained, optimizer)
     options = SimpleNamespace(mini_batch_size=args.batch, micro_batch_size=args.micro, token_budget=args.token_budget)
     loss_fn: LossFn = sft_loss

@@ -1,7 +1,7 @@
 """The optimizer of a configuration, and its learning rate at every step."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -13,11 +13,6 @@ from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.lightning import Fabric, ModelParallelStrategy, _FabricModule
 
 
-def build_optimizer(cfg: OptimizerConfig, module: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """The optimizer over trainable parameters in order; decay for matrices only. Raises ConfigError if none."""
-    return _optimizer_of(cfg, _groups(cfg, module.parameters(), lr))
-
-
 def set_up(
     fabric: Fabric, cfg: OptimizerConfig, module: nn.Module, lr: float
 ) -> tuple[_FabricModule, torch.optim.Optimizer]:
@@ -25,15 +20,29 @@ def set_up(
     if isinstance(fabric.strategy, ModelParallelStrategy):  # it puts other parameters in the place of the module's
         drop_placeholders(module)
         wrapped = fabric.setup_module(module)
-        return wrapped, cast(torch.optim.Optimizer, fabric.setup_optimizers(build_optimizer(cfg, module, lr)))
-    return fabric.setup(module, build_optimizer(cfg, module, lr))
+        return wrapped, cast(
+            torch.optim.Optimizer, fabric.setup_optimizers(build_optimizer(cfg, (module.parameters(), lr)))
+        )
+    return fabric.setup(module, build_optimizer(cfg, (module.parameters(), lr)))
 
 
-def build_joint_optimizer(
-    cfg: OptimizerConfig, learners: Sequence[tuple[Iterable[nn.Parameter], float]]
-) -> torch.optim.Optimizer:
-    """One optimizer over several learners with their peak learning rates; only what has a gradient is stepped."""
-    return _optimizer_of(cfg, [group for parameters, lr in learners for group in _groups(cfg, parameters, lr)])
+def build_optimizer(cfg: OptimizerConfig, *learners: tuple[Iterable[nn.Parameter], float]) -> torch.optim.Optimizer:
+    """One optimizer of the parameters of all learners that train, each learner with its peak learning rate.
+
+    Only matrices decay, and only what has a gradient is stepped. Raises ConfigError if nothing of a learner trains.
+    """
+    groups = [group for parameters, lr in learners for group in _groups(cfg, parameters, lr)]
+    lr = groups[0]["lr"]
+    if isinstance(cfg, AdamW8bitConfig):
+        import bitsandbytes  # optional, and slow to import
+
+        return bitsandbytes.optim.AdamW8bit(groups, lr=lr, betas=tuple(cfg.betas), eps=cfg.eps)
+    optimizer_class = getattr(torch.optim, cfg.torch_name)
+    if isinstance(cfg, SGDConfig):
+        return optimizer_class(groups, lr=lr, momentum=cfg.momentum, nesterov=cfg.nesterov)
+    assert isinstance(cfg, AdamWConfig | AdamConfig)
+    # torch has fused kernels for every float format on the two kinds of device that fabric.accelerator allows
+    return optimizer_class(groups, lr=lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=cfg.fused)
 
 
 def _groups(cfg: OptimizerConfig, parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, Any]]:
@@ -52,20 +61,6 @@ def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     for parameter in parameters:
         found.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
     return list(found.values())
-
-
-def _optimizer_of(cfg: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    lr = groups[0]["lr"]
-    if isinstance(cfg, AdamW8bitConfig):
-        import bitsandbytes  # optional, and slow to import
-
-        return bitsandbytes.optim.AdamW8bit(groups, lr=lr, betas=tuple(cfg.betas), eps=cfg.eps)
-    optimizer_class = getattr(torch.optim, cfg.torch_name)
-    if isinstance(cfg, SGDConfig):
-        return optimizer_class(groups, lr=lr, momentum=cfg.momentum, nesterov=cfg.nesterov)
-    assert isinstance(cfg, AdamWConfig | AdamConfig)
-    # torch has fused kernels for every float format on the two kinds of device that fabric.accelerator allows
-    return optimizer_class(groups, lr=lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=cfg.fused)
 
 
 def lr_factor(

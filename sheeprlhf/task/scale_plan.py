@@ -290,7 +290,7 @@ def dry_step(config: DoctorConfig) -> DryStep:
 
 def _dry_step(config: DoctorConfig, module: nn.Module, ranks: Ranks, start: float) -> DryStep:
     module._apply(lambda tensor: torch.empty_like(tensor, device="cpu"))
-    optimizer = build_optimizer(config.optim, module, config.peak_lr())
+    optimizer = build_optimizer(config.optim, (module.parameters(), config.peak_lr()))
     ids = torch.zeros(1, _TOKENS, dtype=torch.long)
     mixed = MIXED.get(config.fabric.precision)
     recorder = _Collectives(ranks)

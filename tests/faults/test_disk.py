@@ -171,7 +171,7 @@ def trained() -> tuple[Fabric, nn.Module, Optimizer]:
     fabric = make_fabric(FabricConfig())
     fabric.launch()
     net = nn.Linear(370, 370)
-    module, optimizer = fabric.setup(net, build_optimizer(AdamWConfig(), net, 1e-3))
+    module, optimizer = fabric.setup(net, build_optimizer(AdamWConfig(), (net.parameters(), 1e-3)))
     fabric.backward(module(torch.ones(1, 370)).square().sum())
     optimizer.step()
     return fabric, module, optimizer

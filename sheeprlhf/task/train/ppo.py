@@ -18,7 +18,7 @@ from sheeprlhf.agent.policy import EMA, Policy
 from sheeprlhf.agent.reward import AdapterValueModel, RewardModel
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.sampler import StepPlan
-from sheeprlhf.engine.optim import build_joint_optimizer
+from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, add_gradients
 from sheeprlhf.loss import ppo
@@ -105,7 +105,7 @@ def set_up(
             critic_module = fabric.setup_module(critic)
             critic_weights = [weight for weight in critic.parameters() if weight.requires_grad]
     optimizer = fabric.setup_optimizers(
-        build_joint_optimizer(cfg.optim, [(policy_weights, actor_lr), (critic_weights, critic_lr)])
+        build_optimizer(cfg.optim, (policy_weights, actor_lr), (critic_weights, critic_lr))
     )
     return actor_module, critic_module, cast(Optimizer, optimizer)
 

@@ -39,7 +39,7 @@ def set_up(net=None, **optimizer_options):
     fabric = make_fabric(FabricConfig())
     fabric.launch()
     net = net or Net(dropout=0.2)
-    module, optimizer = fabric.setup(net, build_optimizer(AdamWConfig(**optimizer_options), net, 1e-2))
+    module, optimizer = fabric.setup(net, build_optimizer(AdamWConfig(**optimizer_options), (net.parameters(), 1e-2)))
     update(fabric, module, optimizer, [micro_batch(0, 1)], toy_loss, max_grad_norm=1.0)
     return fabric, module, optimizer
 
@@ -339,7 +339,7 @@ def test_another_model_is_refused_whole(tmp_path, other, message):
     fabric = make_fabric(FabricConfig())
     fabric.launch()
     net = other()
-    module, optimizer = fabric.setup(net, build_optimizer(AdamWConfig(), net, 1e-2))
+    module, optimizer = fabric.setup(net, build_optimizer(AdamWConfig(), (net.parameters(), 1e-2)))
     before = [p.clone() for p in net.parameters()]
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(fabric, folder, module, optimizer, config_hash="h", say=print)

@@ -66,7 +66,7 @@ def test_warmup_as_a_share_is_that_of_transformers(ratio, total, expected):
 )
 def test_only_trained_matrices_decay(cfg):
     net = Net()
-    optimizer = build_optimizer(cfg, net, 0.5)
+    optimizer = build_optimizer(cfg, (net.parameters(), 0.5))
     assert type(optimizer).__name__ == cfg.torch_name
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     expected = {id(p): 0.1 if p.ndim >= 2 else 0.0 for p in net.parameters() if p.requires_grad}
@@ -77,12 +77,12 @@ def test_only_trained_matrices_decay(cfg):
 
 
 def test_options_reach_torch():
-    optimizer = build_optimizer(AdamWConfig(betas=(0.8, 0.95), eps=1e-6), Net(), 1e-3)
+    optimizer = build_optimizer(AdamWConfig(betas=(0.8, 0.95), eps=1e-6), (Net().parameters(), 1e-3))
     assert optimizer.defaults["betas"] == (0.8, 0.95)
     assert optimizer.defaults["eps"] == 1e-6
     assert optimizer.defaults["fused"] is True
-    assert build_optimizer(AdamWConfig(fused=False), Net(), 1e-3).defaults["fused"] is False
-    optimizer = build_optimizer(SGDConfig(momentum=0.9, nesterov=True), Net(), 1e-3)
+    assert build_optimizer(AdamWConfig(fused=False), (Net().parameters(), 1e-3)).defaults["fused"] is False
+    optimizer = build_optimizer(SGDConfig(momentum=0.9, nesterov=True), (Net().parameters(), 1e-3))
     assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.9, True)
 
 
@@ -95,7 +95,7 @@ def test_8bit_adamw_is_adamw_up_to_its_rounding(size, tolerance):
         torch.manual_seed(0)
         net = torch.nn.Linear(size, size)
         first = net.weight.detach().clone()
-        optimizer = build_optimizer(cfg, net, 1e-2)
+        optimizer = build_optimizer(cfg, (net.parameters(), 1e-2))
         for _ in range(5):
             (net(torch.randn(16, size)) ** 2).mean().backward()
             optimizer.step()
@@ -109,7 +109,7 @@ def test_8bit_state_of_another_size_or_format_is_refused(tmp_path):
     """Native code reads the tables without a check of their sizes."""
     pytest.importorskip("bitsandbytes")
     net = torch.nn.Linear(80, 80)
-    optimizer = build_optimizer(AdamW8bitConfig(), net, 1e-2)
+    optimizer = build_optimizer(AdamW8bitConfig(), (net.parameters(), 1e-2))
     net(torch.ones(1, 80)).sum().backward()
     optimizer.step()
     tensors = optimizer_tensors(net, optimizer)

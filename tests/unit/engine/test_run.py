@@ -41,14 +41,14 @@ def make_cfg(async_checkpoints=False, **values):
 def begin(fabric, run):
     """Start training: from here on signals are noted."""
     net = Net(dropout=0.2)
-    return run.restore(*fabric.setup(net, build_optimizer(AdamWConfig(), net, 1e-2)))
+    return run.restore(*fabric.setup(net, build_optimizer(AdamWConfig(), (net.parameters(), 1e-2))))
 
 
 def train(fabric, run_dir, steps, **options):
     """The loop of a task, as its author writes it."""
     seed_all(0)
     net = Net(dropout=0.2)
-    module, optimizer = fabric.setup(net, build_optimizer(AdamWConfig(), net, 1e-2))
+    module, optimizer = fabric.setup(net, build_optimizer(AdamWConfig(), (net.parameters(), 1e-2)))
     with open_run(fabric, make_cfg(**options), run_dir) as run:
         state = run.restore(module, optimizer)
         run.begin_progress(state.step, steps)

@@ -92,7 +92,7 @@ def train_toy_on(
     torch.manual_seed(0)
     module = Net(dropout=0.3)
     cfg = AdamWConfig(weight_decay=0.1, schedule="cosine", min_lr_ratio=0.1)
-    optimizer = build_optimizer(cfg, module, 1e-2)
+    optimizer = build_optimizer(cfg, (module.parameters(), 1e-2))
     module, optimizer = fabric.setup(module, optimizer)
     seed_all(time.time_ns() % 2**31)
     background = BackgroundSaver(fabric) if in_background else None

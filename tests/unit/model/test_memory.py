@@ -83,7 +83,7 @@ def test_weights_gradients_and_optimizer_are_exact(architecture: str, mode: str,
     size, policy = measure(cfg, "32-true"), real_policy(cfg)
     optimizers: list[OptimizerConfig] = [AdamWConfig(), AdamConfig(), SGDConfig(momentum=0.9), SGDConfig()]
     for optim in optimizers:
-        optimizer = build_optimizer(optim, policy, 1e-3)
+        optimizer = build_optimizer(optim, (policy.parameters(), 1e-3))
         if architecture == "falcon":
             policy.causal_lm()(input_ids=torch.arange(9)[None]).logits.sum().backward()
         else:
@@ -112,7 +112,7 @@ def test_a_reward_model_is_measured_with_its_own_head(
     tokenizer = load_tokenizer(cfg)
     whole = dataclasses.replace(cfg, finetune_mode="ALL", freeze_transformer=False)
     real = reward_model_of(Policy(load_causal_lm(whole, vocabulary=0, longest=0)), cfg, tokenizer)
-    optimizer = build_optimizer(AdamWConfig(), real, 1e-3)
+    optimizer = build_optimizer(AdamWConfig(), (real.parameters(), 1e-3))
     real(collate_packed(random_examples(2, 2), targets="last")).sum().backward()
     optimizer.step()
     values = [value for state in optimizer.state.values() for value in state.values()]

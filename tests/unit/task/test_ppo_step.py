@@ -18,7 +18,7 @@ from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.data.example import Example
 from sheeprlhf.engine.fabric import make_fabric
-from sheeprlhf.engine.optim import build_joint_optimizer
+from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.step import add_gradients, update
 from sheeprlhf.model.attention import PACKED, register
 from sheeprlhf.model.folder.load import scalar_model
@@ -178,7 +178,7 @@ def fast_update(setting: Setting) -> dict[str, float]:
     fabric = make_fabric(FabricConfig(config_name="cpu", accelerator="cpu"))
     policy, critic = Policy(setting.policy), RewardModel(setting.critic)
     groups = [(policy.parameters(), ACTOR_LR), (critic.parameters(), CRITIC_LR)]
-    optimizer: Any = fabric.setup_optimizers(build_joint_optimizer(AdamWConfig(eps=1e-5), groups))
+    optimizer: Any = fabric.setup_optimizers(build_optimizer(AdamWConfig(eps=1e-5), *groups))
     rollout = with_advantages(setting.rollout, setting.task, KL_COEFF, setting.after)
     extras = partial(token_values, names=("logprobs", "advantages", "values", "returns"))
     batches = Batches(fabric, setting.task, packed=True, targets="response", extras=extras)
@@ -267,7 +267,7 @@ def test_a_shared_trunk_learns_the_datasets_texts_beside(
     policy = Policy(ours.policy.eval())
     policy.value_head = head
     groups = [(policy.model.parameters(), ACTOR_LR), (head.parameters(), CRITIC_LR)]
-    optimizer: Any = fabric.setup_optimizers(build_joint_optimizer(AdamWConfig(eps=1e-5), groups))
+    optimizer: Any = fabric.setup_optimizers(build_optimizer(AdamWConfig(eps=1e-5), *groups))
     module = fabric.setup_module(policy)
     rollout = with_advantages(ours.rollout, task, KL_COEFF, None)
     extras = partial(token_values, names=("logprobs", "advantages", "values", "returns"))
