@@ -29,7 +29,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from sheeprlhf.engine.optim import by_mesh
-from sheeprlhf.utils.errors import ConfigError, MissingRanksError
+from sheeprlhf.utils.errors import ConfigError, MissingRanksError, first_of
 from sheeprlhf.utils.launchers import launched
 from sheeprlhf.utils.lightning import ChildProcessObserver, DDPStrategy, Fabric, ModelParallelStrategy
 from sheeprlhf.utils.processes import ignored, seconds_since_start
@@ -104,9 +104,8 @@ class RollCall:
                 f"fabric.timeout={timeout:g} s ({str(error).splitlines()[0][:200]}): give a longer fabric.timeout"
             )
         lines = [f"rank {rank} ({self.peers[rank].name}) {state}" for rank, state in missing.items()]
-        more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
         advice = "see its own output, check its machine and the network, then give the same command with resume=true"
-        return f"{len(missing)} of {len(self.peers)} ranks missing: {'; '.join([*lines[:_SHOWN], *more])}: {advice}"
+        return f"{len(missing)} of {len(self.peers)} ranks missing: {first_of(lines, _SHOWN, '; ')}: {advice}"
 
     def _ask(self, rank: int) -> str:
         """Tell a rank the verdict, if there is one; the result is empty if it answers, else what is wrong."""
@@ -420,8 +419,7 @@ def _raise_missing(missing: list[int], strategy: Any, timeout: float) -> None:
 
 
 def _listed(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:_SHOWN])) + (f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {first_of(list(map(str, ranks)), _SHOWN)}"
 
 
 def _end_with_children(observer: Any) -> None:

@@ -30,7 +30,7 @@ from sheeprlhf.engine.manifest import verify_manifest, write_folder, write_manif
 from sheeprlhf.security.json_records import RUN, STATE, damaged, load_json
 from sheeprlhf.security.redaction import redact, redact_command
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.utils.errors import ConfigError, RunInUseError, UnsafePathError
+from sheeprlhf.utils.errors import ConfigError, RunInUseError, UnsafePathError, first_of
 from sheeprlhf.utils.output import (
     link_problems,
     lock,
@@ -240,8 +240,8 @@ def _resume(folder: Path, cfg: TrainConfig, config_hash: str, *, key: str) -> Ru
 
 def _changes_text(changed: list[tuple[str, Any, Any]]) -> str:
     """The first of these options, with their values as on a command line."""
-    lines = [f"{name} was {hydra_value(was)} and is {hydra_value(now)}" for name, was, now in changed[:_SHOWN]]
-    return "; ".join([*lines, *([f"and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else [])])
+    lines = [f"{name} was {hydra_value(was)} and is {hydra_value(now)}" for name, was, now in changed]
+    return first_of(lines, _SHOWN, "; ")
 
 
 def _finished_problem(folder: Path, info: dict[str, Any], cfg: TrainConfig, key: str) -> str:

@@ -41,7 +41,7 @@ from sheeprlhf.security.json_records import Range, type_problems
 from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS, read_json, tensors_of
 from sheeprlhf.security.pickled_weights import adapter_folder
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
-from sheeprlhf.utils.errors import ModelError, Notify
+from sheeprlhf.utils.errors import ModelError, Notify, first_of
 from sheeprlhf.utils.modes import eval_mode
 
 POLICY = "default"  # PEFT's name for the first adapter of a model: that of the policy
@@ -50,6 +50,7 @@ CRITIC, REWARD, REFERENCE = "critic", "reward", "reference"  # further ones on t
 _MERGE_TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}
 _FLOAT32_MERGE_TOLERANCE = 1e-4
 _NUM_ROWS, _ROW_TOKENS = 4, 24
+_SHOWN = 4  # tensors in a message
 _NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)  # PEFT takes some names for patterns: none of these takes long
 _MAX_NAMES = 10_000
 _OFF: tuple[Any, ...] = (False, "", [], {})
@@ -231,11 +232,7 @@ def check_tensors(model: PeftModel, name: str, tensors: Mapping[str, Any]) -> No
             key for key in expected.keys() & tensors.keys() if tuple(expected[key].shape) != tuple(tensors[key].shape)
         },
     }
-    problems = [
-        f"{', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''} {what}"
-        for what, keys in ((what, sorted(keys)) for what, keys in found.items())
-        if keys
-    ]
+    problems = [f"{first_of(sorted(keys), _SHOWN)} {what}" for what, keys in found.items() if keys]
     if problems:
         raise ValueError("; ".join(problems))
 

@@ -4,7 +4,7 @@ The command line prints the message of a `SheepError` and no traceback (`debug=t
 standard-library parent, so that library users can catch what they expect, and survives pickling between processes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Notify = Callable[[str], None]  # shows the user one line that is not an error
 
@@ -126,3 +126,8 @@ class Interrupted(SheepError):
         """One line for the user."""
         state = "the state is saved" if self.saved else "a training continues from its last checkpoint, if it has one"
         return f"stopped by signal {self.signum}; {state}"
+
+
+def first_of(texts: Sequence[str], most: int, between: str = ", ") -> str:
+    """The first texts of a list, for a message, and the number of the others: "a, b and 3 more"."""
+    return between.join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

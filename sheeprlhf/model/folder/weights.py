@@ -64,7 +64,7 @@ from sheeprlhf.security.model_folder import (
 from sheeprlhf.security.pickled_weights import converted_folder
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.chat_templates import own_templates
-from sheeprlhf.utils.errors import ModelError, Notify
+from sheeprlhf.utils.errors import ModelError, Notify, first_of
 from sheeprlhf.utils.home import EMBEDDED, PICKLED, WEIGHTS_FILES
 from sheeprlhf.utils.vocabulary import new_ids
 
@@ -255,9 +255,8 @@ def _part(what: str, names: list[str]) -> str:
     """Names of a kind, the first ones in full."""
     if not names:
         return ""
-    shown = [name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}..." for name in names[:_SHOWN]]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(shown)}{more} {'is' if len(names) == 1 else 'are'} {what}"
+    shown = [name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}..." for name in names]
+    return f"{first_of(shown, _SHOWN)} {'is' if len(names) == 1 else 'are'} {what}"
 
 
 class ModelFiles(NamedTuple):
