@@ -46,7 +46,7 @@ from sheeprlhf.structure.reward import EPISODE_COLUMNS
 from sheeprlhf.structure.rollout import OnlineTaskConfig, PPOConfig, ReinforcePPConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
-from sheeprlhf.utils.errors import NonFiniteError, RewardError, RolloutMismatchError
+from sheeprlhf.utils.errors import NonFiniteError, RewardError, RolloutMismatchError, first_of
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode, isolated_rng
@@ -317,11 +317,10 @@ def check_finite(rollout: Rollout, split: str = "training") -> None:
     odd = {name: rows for name, rows in odd.items() if rows}
     if odd:
         name, rows = min(odd.items(), key=lambda kind: len(kind[1]))
-        more = len(rows) - _MAX_SHOWN_ROWS
-        shown = rows if more <= 0 else f"{rows[:_MAX_SHOWN_ROWS]}, and {more} more"
+        shown = first_of(list(map(str, rows)), _MAX_SHOWN_ROWS)
         raise NonFiniteError(
             f"{name} after {len(rows)} of {len(rollout)} prompts are not finite; the weights were not changed. "
-            f"Look at the models and these rows of the {split} split ({shown}), or lower optim.lr, or compute in "
+            f"Look at the models and these rows of the {split} split ([{shown}]), or lower optim.lr, or compute in "
             "fabric.precision=32-true"
         )
 
@@ -361,41 +360,33 @@ class TermModel(NamedTuple):
     exchange: TextExchange | None = None
 
 
+@dataclasses.dataclass(eq=False)
 class RolloutCollector:
-    """Makes rollouts: the policy samples, the reward scores, the reference computes its log-probabilities.
+    """Makes rollouts: the policy samples, the reward scores, the reference computes its log-probabilities."""
 
-    The reward gets `columns` of the texts; `rewards` are its reward models by their terms. `servers` sample if given,
-    `episodes` samples in several turns.
+    fabric: Fabric
+    cfg: TrainConfig
+    tokenizer: PreTrainedTokenizerBase
+    policy: Policy
+    reference: nn.Module
+    reward_models: Mapping[str, TermModel]  # by their terms of the reward
+    columns: Collection[str] = ("reference",)  # of the texts that the reward gets
+    servers: ServerSource | None = None  # sample if given
+    episodes: EpisodeSource | None = None  # samples in several turns if given
 
-    Attributes:
-        token_batches: cuts a rollout into batches whose targets are the responses' tokens.
-        last_token_batches: cuts it into batches whose targets are the last tokens.
-    """
-
-    def __init__(
-        self,
-        fabric: Fabric,
-        cfg: TrainConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        policy: Policy,
-        reference: nn.Module,
-        rewards: Mapping[str, TermModel],
-        *,
-        columns: Collection[str] = ("reference",),
-        servers: ServerSource | None = None,
-        episodes: EpisodeSource | None = None,
-    ) -> None:
-        self._fabric, self._cfg, self._tokenizer = fabric, cfg, tokenizer
-        self.policy, self._reference, self._reward_models = policy, reference, rewards
-        self._columns, self.servers, self._episodes = columns, servers, episodes
-        self._stop = StopStrings(cfg.generation.stop_strings, tokenizer)
+    def __post_init__(self) -> None:
+        """Build the reward, and what cuts rollouts into batches: a target at each token, or at each last one."""
+        cfg, packed = self.cfg, self.policy.packed
+        assert isinstance(cfg.task, OnlineTaskConfig)
+        self.task = cfg.task
+        self._stop = StopStrings(cfg.generation.stop_strings, self.tokenizer)
         self._model_scores: dict[str, list[float]] = {}
-        model_scores = {source: lambda *_, source=source: self._model_scores[source] for source in rewards}
+        model_scores = {term: lambda *_, term=term: self._model_scores[term] for term in self.reward_models}
         self._reward = build_reward(
             cfg.reward, model_scores, default=cfg.data.rule_reward, max_tokens=cfg.generation.max_new_tokens
         )
-        self.token_batches = Batches(fabric, cfg.task, packed=policy.packed, targets="response")
-        self.last_token_batches = Batches(fabric, cfg.task, packed=policy.packed, targets="last")
+        self.token_batches = Batches(self.fabric, cfg.task, packed=packed, targets="response")
+        self.last_token_batches = Batches(self.fabric, cfg.task, packed=packed, targets="last")
 
     def __call__(
         self, prompts: list[Example], number: int, *, group: int | None = None, validates: bool = False
@@ -422,9 +413,9 @@ class RolloutCollector:
         # 2. log-probabilities of the policy and the reference
         old_N = rollout.flat("sampled")
         # Those of a server, and in half precision the sampler's, differ from those that the update computes.
-        if self.servers is not None or self._cfg.fabric.precision != "32-true":
+        if self.servers is not None or self.cfg.fabric.precision != "32-true":
             old_N = self.logprobs(self.policy, rollout, "log-probabilities")
-        rollout = rollout.with_tokens(logprobs=old_N, reference=self.logprobs(self._reference, rollout, "reference"))
+        rollout = rollout.with_tokens(logprobs=old_N, reference=self.logprobs(self.reference, rollout, "reference"))
         check_finite(rollout, "validation" if validates else "training")
         found: dict[str, float] = {} if self.servers is None else dict(self.servers.speeds)
         if staleness:
@@ -440,9 +431,9 @@ class RolloutCollector:
                 # It was kept from before a stop, and the weights have become others since the checkpoint.
                 return self(prompts, number, group=group, validates=validates)
         # 3. decode and score
-        texts = decode_rollout(rollout, prompts, self._tokenizer, self._stop, episodes)
+        texts = decode_rollout(rollout, prompts, self.tokenizer, self._stop, episodes)
         found |= episode_metrics(episodes)
-        columns = {name: values for name, values in texts.columns.items() if name in self._columns}
+        columns = {name: values for name, values in texts.columns.items() if name in self.columns}
         rollout = dataclasses.replace(rollout, texts=texts._replace(columns=columns))
         rollout = self._with_scores(rollout, validates)
         return dataclasses.replace(rollout, metrics=rollout_metrics(rollout) | found)
@@ -451,10 +442,9 @@ class RolloutCollector:
         self, prompts: list[Example], number: int, group: int | None, *, keeps: bool
     ) -> tuple[Rollout, list[Episode]]:
         """All ranks: sample responses to every prompt; each rank samples its share. Episodes: of an environment."""
-        fabric, cfg, task = self._fabric, self._cfg.generation, self._cfg.task
-        assert isinstance(task, OnlineTaskConfig)
+        fabric, cfg, task = self.fabric, self.cfg.generation, self.task
         shape = (len(prompts), group or task.num_generations, cfg.max_new_tokens)
-        uniforms = sampling_uniforms(self._cfg.seed, number, shape)
+        uniforms = sampling_uniforms(self.cfg.seed, number, shape)
         if self.servers is not None:
             ids = [prompt.prompt_ids for prompt in prompts]
             if not keeps or not self.servers.has(ids, uniforms, number, weights_of=number):
@@ -464,7 +454,7 @@ class RolloutCollector:
             engine_of(cfg.engine),
             self.policy.causal_lm(),
             temperature=cfg.temperature,
-            end_ids=end_token_ids(self._tokenizer),
+            end_ids=end_token_ids(self.tokenizer),
             token_budget=task.token_budget,
             stop=self._stop if self._stop else None,
             packed=self.policy.packed,
@@ -474,10 +464,10 @@ class RolloutCollector:
         def sample(mine: list[int], progress: Callable[[int], object]) -> list[Sampled]:
             return engine([prompts[row].prompt_ids for row in mine], uniforms[mine], progress=progress)
 
-        if self._episodes is None:
+        if self.episodes is None:
             sampled = sample_on_all_ranks(fabric, self.policy, sample, *shape[:2], "sampling")
             return to_rollout(prompts, sampled), []
-        return play_on_all_ranks(fabric, self.policy, self._episodes, engine, prompts, uniforms)
+        return play_on_all_ranks(fabric, self.policy, self.episodes, engine, prompts, uniforms)
 
     def sample_ahead(self, later: Sequence[tuple[int, list[Example]]], number: int) -> None:
         """All ranks: let servers sample later rollouts, of these numbers and prompts, while rollout `number` is used.
@@ -488,11 +478,10 @@ class RolloutCollector:
         Raises:
             RolloutServerError: the servers fail, or compute other log-probabilities.
         """
-        servers, task = self.servers, self._cfg.task
+        servers = self.servers
         if not later or servers is None:
             return
-        assert isinstance(task, OnlineTaskConfig)
-        shape, seed = (task.num_generations, self._cfg.generation.max_new_tokens), self._cfg.seed
+        shape, seed = (self.task.num_generations, self.cfg.generation.max_new_tokens), self.cfg.seed
         given = {
             other: ([row.prompt_ids for row in rows], sampling_uniforms(seed, other, (len(rows), *shape)))
             for other, rows in later
@@ -509,19 +498,19 @@ class RolloutCollector:
 
     def _with_scores(self, rollout: Rollout, validates: bool) -> Rollout:
         """All ranks: return the rollout with the scores of its texts, and the rewards of tokens if there are some."""
-        self._model_scores = {source: self._scores_by(term, rollout) for source, term in self._reward_models.items()}
+        self._model_scores = {source: self._scores_by(term, rollout) for source, term in self.reward_models.items()}
         # Rank zero alone calls the user's functions, which may answer the same question differently.
         raw: RawScores | RewardError = RawScores([], {})
-        if self._fabric.is_global_zero:
+        if self.fabric.is_global_zero:
             try:
                 raw = self._reward.raw(rollout.texts)
             except RewardError as error:
                 raw = error
-        raw = self._fabric.broadcast(raw)
+        raw = self.fabric.broadcast(raw)
         if isinstance(raw, RewardError):  # on all ranks: none waits for the others
             raise raw
-        if raw.of_tokens is not None and isinstance(self._cfg.task, PPOConfig | ReinforcePPConfig):
-            if self._cfg.reward.normalize or self._cfg.reward.clip is not None:
+        if raw.of_tokens is not None and isinstance(self.task, PPOConfig | ReinforcePPConfig):
+            if self.cfg.reward.normalize or self.cfg.reward.clip is not None:
                 raise RewardError(
                     "the reward has numbers for tokens, and reward.normalize and reward.clip change the score of a "
                     "whole response: remove them"
@@ -534,13 +523,13 @@ class RolloutCollector:
 
     def _scores_by(self, term: TermModel, rollout: Rollout) -> list[Any]:
         """All ranks: return a reward model's score of each response; with `step_score=each`, one of each token."""
-        reward, tokenizer, step_score = term.model, self._tokenizer, getattr(self._cfg.reward, "step_score", "min")
+        reward, tokenizer, step_score = term.model, self.tokenizer, getattr(self.cfg.reward, "step_score", "min")
         if isinstance(reward, RewardModel) and term.exchange is not None:
             if reward.step_separator is not None and step_score == "each":
                 raise RewardError("reward.step_score=each needs a reward model with the policy's tokens: give min")
             rollout, tokenizer = rollout.encoded_by(term.exchange, rollout.texts), term.exchange.reward
             check_positions(reward, rollout)
-        scores_S = response_scores(self._fabric, self._cfg.task, reward, rollout, tokenizer, step_score=step_score)
+        scores_S = response_scores(self.fabric, self.task, reward, rollout, tokenizer, step_score=step_score)
         if len(scores_S) == rollout.scores.size:
             return scores_S.tolist()
         sizes = [len(ids) for ids in rollout.texts.completion_ids]
@@ -556,19 +545,19 @@ class RolloutCollector:
         num_rows: int | None = None,
     ) -> Tensor:
         """All ranks: (N,) log-probabilities of the responses' tokens, by default at the sampling temperature."""
-        temperature = self._cfg.generation.temperature if temperature is None else temperature
+        temperature = self.cfg.generation.temperature if temperature is None else temperature
 
         def call(batch: Batch) -> Tensor:
             return module(batch, temperature=temperature).target_N
 
         read = module if isinstance(module, Policy) else self.policy
-        return predict_targets(self._fabric, read, call, self.token_batches, rows, label, num_rows)
+        return predict_targets(self.fabric, read, call, self.token_batches, rows, label, num_rows)
 
     def values_of(self, critic: RewardModel | AdapterValueModel, rollout: Rollout, *, at_end: bool = False) -> Tensor:
         """All ranks: (N,) the critic's values before each token; at the end: (S,) after the last of each response."""
         batches = self.last_token_batches if at_end else self.token_batches
         with critic.in_use():
-            return predict_targets(self._fabric, critic, critic, batches, rollout, "values")
+            return predict_targets(self.fabric, critic, critic, batches, rollout, "values")
 
     def perplexity(self, rows: Rows, num_rows: int) -> float:
         """All ranks: return the policy's perplexity on the dataset's own responses in the first rows."""

@@ -15,7 +15,7 @@ loop.finish(policy)  # final/
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -295,7 +295,8 @@ class RolloutLoop:
 
         Raises SheepError if something cannot be loaded, or rows lack a response that the task or the reward reads.
         """
-        self.fabric, self.run = fabric, run
+        assert isinstance(run.cfg.task, OnlineTaskConfig)
+        self.fabric, self.run, self.task = fabric, run, run.cfg.task
         self._setup = load_online_setup(fabric, run)
         self.tokenizer, self.rows, self.models = self._setup.tokenizer, self._setup.rows, self._setup.models
         self._reference = self.models.teacher or reference_of(
@@ -337,7 +338,7 @@ class RolloutLoop:
         """
         return Batches(
             self.fabric,
-            self.run.cfg.task,
+            self.task,
             packed=self.models.policy.packed,
             targets="response",
             num_items=num_items,
@@ -346,7 +347,7 @@ class RolloutLoop:
 
     def update(self, module: _FabricModule, micro_batches: list[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
         """Take an optimizer step as `engine.step.update`; return its metrics, none if the step was skipped."""
-        max_grad_norm, skip = self.run.cfg.task.max_grad_norm, self.run.skip_step
+        max_grad_norm, skip = self.task.max_grad_norm, self.run.skip_step
         metrics = update(
             self.fabric, module, self.optimizer, micro_batches, loss_fn, max_grad_norm=max_grad_norm, skip=skip
         )
@@ -354,13 +355,12 @@ class RolloutLoop:
 
     def __iter__(self) -> Iterator["Iteration"]:
         """Yield the remaining iterations. After each: log, validate, save a checkpoint, act on signals."""
-        run, state, task = self.run, self.state, self.run.cfg.task
-        assert isinstance(task, OnlineTaskConfig)
+        run, state, task = self.run, self.state, self.task
         stream, extra = self._setup.stream, state.extra
         if stream is not None:
             begins_at = {name: int(extra.get(name, 0)) for name in ("shard_step", "shard_rollout")}
             self._open_shard(int(extra.get("shard", 0)), **begins_at)
-        whole = self._plan_of_shard(extra)
+        whole = self._plan_of_shard()
         total, first = whole.num_steps(), whole.rollout_after(state.step)
         if task.eval_at_start and state.step == 0:
             self._record_validation()
@@ -407,7 +407,7 @@ class RolloutLoop:
                 yield from ((number, plan, stop) for number in range(plan.rollout_after(state.step), stop))
                 if state.step < total:
                     self._open_shard(plan.prompts.first_epoch + 1, shard_step=state.step, shard_rollout=end)
-                    plan = self._plan_of_shard(state.extra)
+                    plan = self._plan_of_shard()
 
     def _sample(self, number: int, plan: RolloutPlan, stop: int) -> "Iteration":
         """Make rollout `number`; servers go on with those after it, before `stop`, as `rollout.max_staleness` says."""
@@ -430,10 +430,9 @@ class RolloutLoop:
         data = self._setup.stream.open_shard(number, self.state.extra, **begins_at)
         self.rows = rows_of_shard(self.run.cfg, self._setup.columns, data)
 
-    def _plan_of_shard(self, extra: Mapping[str, Any]) -> RolloutPlan:
-        """The plan of the run; with `data.streaming` of the shard that `extra` names, as if it came again and again."""
-        cfg, task = self.run.cfg, self.run.cfg.task
-        assert isinstance(task, OnlineTaskConfig)
+    def _plan_of_shard(self) -> RolloutPlan:
+        """The plan of the run; with `data.streaming` of the shard that is open, as if it came again and again."""
+        cfg, task, extra = self.run.cfg, self.task, self.state.extra
         epochs = task.epochs if self._setup.stream is None else task.max_num_steps or 1
         shard, rollout, step = (int(extra.get(name, 0)) for name in ("shard", "shard_rollout", "shard_step"))
         prompts = StepPlan(
@@ -442,7 +441,7 @@ class RolloutLoop:
         return RolloutPlan(prompts, task.prompts_per_step(), task.num_iterations, task.max_num_steps, step)
 
     def _end(self, iteration: "Iteration", plan: RolloutPlan) -> None:
-        run, state, task, num_steps = self.run, self.state, self.run.cfg.task, plan.num_steps()
+        run, state, task, num_steps = self.run, self.state, self.task, plan.num_steps()
         before, state.step = state.step, min(plan.steps_before(iteration.number + 1), num_steps)
         last = state.step == num_steps
         num_tokens = sum(iteration.rollout.response_lengths)
@@ -523,8 +522,7 @@ class Iteration:
             rollout = rollout.with_tokens(advantages=rollout.flat("advantages") * rollout.flat("importance"))
         if "advantages" in rollout.tokens:  # the same rows; not the pairs of online DPO
             self.rollout = rollout
-        loop, cfg, task = self._loop, self._loop.run.cfg, self._loop.run.cfg.task
-        assert isinstance(task, OnlineTaskConfig)
+        loop, cfg, task = self._loop, self._loop.run.cfg, self._loop.task
         plan = StepPlan(len(rollout), task.prompts_per_step(), task.num_iterations, cfg.seed + self.number)
         num_steps, first = self._plan.num_steps(), self._plan.steps_before(self.number)
         steps = range(min(plan.num_steps(), num_steps - first))

@@ -190,15 +190,7 @@ def build_collector(fabric: Fabric, run: Run, setup: OnlineSetup, reference: nn.
     for term in models.rewards.values():
         to_device(fabric, term.model)
     return RolloutCollector(
-        fabric,
-        cfg,
-        setup.tokenizer,
-        models.policy,
-        reference,
-        models.rewards,
-        columns=setup.columns,
-        servers=servers,
-        episodes=setup.episodes,
+        fabric, cfg, setup.tokenizer, models.policy, reference, models.rewards, setup.columns, servers, setup.episodes
     )
 
 

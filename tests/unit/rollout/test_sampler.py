@@ -392,7 +392,7 @@ def test_tokens_stay_and_the_text_is_cut(model_folder: ModelFolder) -> None:
     reward = FunctionRewardConfig(path="length", target_length=1, length_unit="characters", missing_eos_penalty=7.0)
     plain_setting = make_setting(model_folder(), reward)
     plain = plain_setting.collect(prompts(), 0)
-    decode = plain_setting.collect._tokenizer.decode
+    decode = plain_setting.collect.tokenizer.decode
     texts_of = [decode(ids.tolist()) for row in plain.rows for ids in row.responses]
     string = next(c for c in "".join(texts_of) if 0 < sum(c in text[:-1] for text in texts_of) < len(texts_of) - 1)
     setting = make_setting(model_folder(), reward, GenConfig(max_new_tokens=6, temperature=0.7, stop_strings=[string]))
