@@ -97,7 +97,6 @@ class Batch(NamedTuple):
 
 TARGETS = ("response", "all", "scores", "last", "steps")
 SCORED = TARGETS[2:]  # a head reads these targets
-SIDES = ("right", "left")
 
 
 def collate_packed(examples: Sequence[Example], *, targets: str = "response") -> Batch:
@@ -136,37 +135,30 @@ def collate_packed(examples: Sequence[Example], *, targets: str = "response") ->
     )
 
 
-def collate_padded(
-    examples: Sequence[Example], *, pad_id: int, side: str = "right", targets: str = "response"
-) -> Batch:
-    """Give every response a row of its own, led by its prompt and padded to the longest.
+def collate_padded(examples: Sequence[Example], *, pad_id: int, targets: str = "response") -> Batch:
+    """Give every response a row of its own, led by its prompt and padded on the right to the longest.
 
     Args:
         examples: the rows, at least one; K responses become K rows.
         pad_id: any id of the vocabulary; the mask, made from lengths, hides it.
-        side: where the padding goes, "right" or "left".
         targets: as in `collate_packed`; a prompt's own targets are in its first row only.
 
     Raises DataError if a response is empty.
     """
-    if side not in SIDES:
-        raise ValueError(f"side={side!r} is none of {', '.join(SIDES)}")
     rows = [(example.prompt_ids, response) for example in examples for response in example.responses]
     lengths = np.array([len(prompt) + len(response) for prompt, response in rows])
-    width = int(lengths.max())
-    first = width - lengths if side == "left" else np.zeros_like(lengths)
-    columns = np.arange(width) - first[:, None]  # a token's position; negative or >= length on pads
-    mask = (columns >= 0) & (columns < lengths[:, None])
-    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    columns = np.arange(lengths.max())
+    mask = columns < lengths[:, None]
+    input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
     input_ids[mask] = np.concatenate([part for row in rows for part in row])
-    prompt_at = np.arange(len(rows)) * width + first
+    prompt_at = (np.arange(len(rows)) * len(columns)).tolist()
     return _batch(
         examples,
         input_ids=input_ids,
         position_ids=np.where(mask, columns, 0),
         attention_mask=mask,
-        prompt_at=prompt_at.tolist(),
-        response_at=[at + len(prompt) for at, (prompt, _) in zip(prompt_at.tolist(), rows, strict=True)],
+        prompt_at=prompt_at,
+        response_at=[at + len(prompt) for at, (prompt, _) in zip(prompt_at, rows, strict=True)],
         targets=targets,
     )
 

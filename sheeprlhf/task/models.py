@@ -490,8 +490,8 @@ def load_trained_reward_model(
         how["in_files"] = False
     task = saved_group(str(run_dir), "task")
     policy = load_initial_policy(cfg, *initial_run(task), tokenizer, **how, new_head=True)
-    if weights == "final":
-        return reward_model_of(policy, cfg, tokenizer, adapter=run_dir / "final", say=how["say"])
-    model = reward_model_of(policy, cfg, tokenizer)
-    load_weights(find_checkpoint(run_dir, weights, how["say"]), model)
+    adapter = run_dir / "final" if weights == "final" else None
+    model = reward_model_of(policy, cfg, tokenizer, adapter=adapter, say=how["say"])
+    if adapter is None:
+        load_weights(find_checkpoint(run_dir, weights, how["say"]), model)
     return model

@@ -174,15 +174,15 @@ def _warn_of(path: Path, lacking: str) -> None:
     _warn(lacking, str(path))
 
 
-def open_file(path: Path, flags: int, mode: int = 0o600) -> int:
+def open_file(path: Path, flags: int) -> int:
     """A descriptor that no child inherits. Raises OSError if the file is a symbolic link, or cannot be opened."""
     flags |= os.O_CLOEXEC
     try:
-        return os.open(path, flags | os.O_NOFOLLOW, mode)
+        return os.open(path, flags | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         if error.errno not in _LACKING or path.is_symlink():
             raise
-    return os.open(path, flags, mode)
+    return os.open(path, flags, 0o600)
 
 
 def lock(descriptor: int, path: Path, operation: int) -> bool:

@@ -3,7 +3,7 @@
 Only a DataError is allowed, on one line and with its place. What holds of every row and batch is checked against the
 text (numbers as in tests/unit/test_traps.py): BOS at most once (3), prompt and response tokenised apart (13), EOS if
 nothing was cut (1, 15), each response token a target exactly once, predicted by the place before it (4), and the same
-targets packed, padded on either side with any pad, or cut for several ranks (9).
+targets packed, padded with any pad, or cut for several ranks (9).
 """
 
 import json
@@ -217,9 +217,8 @@ def check_batches(examples: list[Example], tokenizer: Any) -> None:
     for targets in ("response", "all"):
         expected = by_definition(examples, targets)
         assert as_read(collate_packed(examples, targets=targets)) == expected
-        for side in ("left", "right"):
-            for pad in (0, tokenizer.eos_token_id, int(examples[0].prompt_ids[-1])):
-                assert as_read(collate_padded(examples, pad_id=pad, side=side, targets=targets)) == expected
+        for pad in (0, tokenizer.eos_token_id, int(examples[0].prompt_ids[-1])):
+            assert as_read(collate_padded(examples, pad_id=pad, targets=targets)) == expected
     once = Counter((context, token) for context, token, _ in by_definition(examples, "response"))
     lengths = np.array([example.num_tokens() for example in examples])
     for ranks in (1, 2, 3):

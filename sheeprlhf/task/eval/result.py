@@ -120,13 +120,13 @@ def _write(root: Path, path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _drawing(image: io.BytesIO, width: float = 5.5, height: float = 4.0, rows: int = 1) -> Iterator[Any]:
+def _drawing(image: io.BytesIO, height: float = 4.0, rows: int = 1) -> Iterator[Any]:
     """Axes; what was drawn on them inside is in `image` afterwards."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
     with style.context(["default", _STYLE]):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(5.5, height), layout="constrained")
         yield figure.subplots(rows, sharex=True)
         figure.savefig(image, format="png", dpi=130)
 

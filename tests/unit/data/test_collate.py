@@ -65,22 +65,17 @@ def test_all_pairs_of_a_row_best_first() -> None:
     assert collate_packed([example([1], [2])]).pairs_P2.shape == (0, 2)
 
 
-def test_padded_left_and_right() -> None:
+def test_padded() -> None:
     rows = [example([1, 2], [3, EOS]), example([5], [EOS])]
-    right = collate_padded(rows, pad_id=0)
-    assert right.input_ids_BT.tolist() == [[1, 2, 3, EOS], [5, EOS, 0, 0]]
-    assert right.position_ids_BT.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
-    assert right.head_positions_R.tolist() == [1, 2, 4]
-    left = collate_padded(rows, pad_id=0, side="left")
-    assert left.input_ids_BT.tolist() == [[1, 2, 3, EOS], [0, 0, 5, EOS]]
-    assert left.position_ids_BT.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
-    assert left.attention_mask_BT is not None
-    assert left.attention_mask_BT.int().tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
-    assert left.head_positions_R.tolist() == [1, 2, 6]
-    for batch in (right, left):
-        assert batch.layout is None
-        assert batch.logit_index_N.tolist() == [0, 1, 2]
-        assert batch.target_ids_N.tolist() == [3, EOS, EOS]
+    batch = collate_padded(rows, pad_id=0)
+    assert batch.input_ids_BT.tolist() == [[1, 2, 3, EOS], [5, EOS, 0, 0]]
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
+    assert batch.attention_mask_BT is not None
+    assert batch.attention_mask_BT.int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.head_positions_R.tolist() == [1, 2, 4]
+    assert batch.layout is None
+    assert batch.logit_index_N.tolist() == [0, 1, 2]
+    assert batch.target_ids_N.tolist() == [3, EOS, EOS]
 
 
 def random_rows(seed: int, num_responses: int) -> list[Example]:
@@ -100,13 +95,11 @@ def test_every_target_is_predicted_from_what_stands_before_it(seed: int, num_res
     expected = by_definition(rows, targets)
     assert as_read(collate_packed(rows, targets=targets)) == expected
     assert as_read(collate_padded(rows, pad_id=EOS, targets=targets)) == expected
-    assert as_read(collate_padded(rows, pad_id=EOS, side="left", targets=targets)) == expected
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_pad_may_be_eos(side: str) -> None:
+def test_pad_may_be_eos() -> None:
     rows = [example([1, EOS, 2], [3, EOS]), example([4], [5, 6, 7, EOS]), example([EOS], [EOS])]
-    same, other = (collate_padded(rows, pad_id=pad, side=side) for pad in (EOS, 0))
+    same, other = (collate_padded(rows, pad_id=pad) for pad in (EOS, 0))
     for field in ("attention_mask_BT", "position_ids_BT", "head_positions_R", "logit_index_N", "target_ids_N"):
         assert torch.equal(getattr(same, field), getattr(other, field)), field
     assert same.attention_mask_BT is not None
