@@ -245,12 +245,12 @@ def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int
         configured_router_loss(policy.causal_lm(), task.config_name, run.say)
     rewards = _load_rewards(run, tokenizer, policy, longest=longest, data=data)
     teacher = _load_teacher(str(task.teacher), tokenizer, how) if isinstance(task, DistillConfig) else None
-    _pack_alike([policy, teacher, *(term.model for term in rewards.values() if term.exchange is None)])
+    pack_alike([policy, teacher, *(term.model for term in rewards.values() if term.exchange is None)])
     critic = _make_critic(run, tokenizer, policy, rewards) if isinstance(task, PPOConfig) else None
     return RLModels(policy, critic, rewards, teacher)
 
 
-def _pack_alike(models: Sequence[Policy | RewardModel | AdapterValueModel | None]) -> None:
+def pack_alike(models: Sequence[Policy | RewardModel | AdapterValueModel | None]) -> None:
     """Let models that read the same tokens have packed batches only if each of them can."""
     packed = all(model.packed for model in models if model is not None)
     for model in models:

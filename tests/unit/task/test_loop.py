@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from sheeprlhf.agent.policy import Policy
+from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.data.sampler import RolloutPlan, StepPlan
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.rollout.rollout import Rollout
@@ -22,6 +24,7 @@ from sheeprlhf.task import finish
 from sheeprlhf.task.eval.rouge import baseline_responses, name_words
 from sheeprlhf.task.finish import finish_run, record_validation
 from sheeprlhf.task.loop import Iteration
+from sheeprlhf.task.models import pack_alike
 from sheeprlhf.utils.errors import ModelError, NonFiniteError
 from tests.support.batches import random_examples
 from tests.support.runs import figures_at, train, write_pairs, write_rows
@@ -40,6 +43,7 @@ def make_iteration(task: OnlineTaskConfig, number: int, metrics: list[dict[str, 
     cfg = SimpleNamespace(task=task, seed=3, optim=AdamWConfig(schedule="linear", min_lr_ratio=0.0))
     loop: Any = SimpleNamespace(
         run=SimpleNamespace(cfg=cfg),
+        task=task,
         module="policy",
         optimizer=SimpleNamespace(param_groups=[{"peak_lr": 1.0, "lr": 0.0}]),
         state=SimpleNamespace(extra={}),
@@ -48,6 +52,16 @@ def make_iteration(task: OnlineTaskConfig, number: int, metrics: list[dict[str, 
     prompts = StepPlan(12, task.prompts_per_rollout(), 1, cfg.seed)
     plan = RolloutPlan(prompts, task.prompts_per_step(), task.num_iterations, task.max_num_steps)
     return Iteration(loop, number, plan, ROLLOUT)
+
+
+@pytest.mark.parametrize("padded", [None, 0, 1, 2])
+def test_models_that_read_the_same_batches_are_packed_only_together(padded: int | None) -> None:
+    model: Any = torch.nn.Identity()
+    models = [Policy(model), RewardModel(model), Policy(model)]
+    if padded is not None:
+        models[padded].packed = False
+    pack_alike([*models, None])
+    assert [one.packed for one in models] == [padded is None] * 3
 
 
 def run(
