@@ -110,20 +110,18 @@ class Policy(nn.Module):
                 )
             logprobs = logprobs_from_logits(logits_RV, batch.logit_index_N, batch.target_ids_N, **options)
             hidden = inputs[0][head_mask_BT] if inputs[0].shape[:2] == head_mask_BT.shape else inputs[0]
-            return self._with_value(logprobs, hidden.flatten(0, -2), batch)
-        backbone, head = backbone_and_head(model)
-        hidden_RC = hidden_at_head(backbone, batch)
-        logprobs = head_logprobs(hidden_RC, head, batch.logit_index_N, batch.target_ids_N, **options)
-        return self._with_value(logprobs, hidden_RC, batch)
+            hidden_RC = hidden.flatten(0, -2)
+        else:
+            backbone, head = backbone_and_head(model)
+            hidden_RC = hidden_at_head(backbone, batch)
+            logprobs = head_logprobs(hidden_RC, head, batch.logit_index_N, batch.target_ids_N, **options)
+        if self.value_head is None:
+            return logprobs
+        return logprobs._replace(value_N=head_scores(hidden_RC, self.value_head)[batch.logit_index_N])
 
     def hidden_at_head(self, batch: Batch) -> Tensor:
         """(R, C) last hidden states where the batch's head runs, for another head than the policy's."""
         return hidden_at_head(backbone_and_head(self.causal_lm())[0], batch)
-
-    def _with_value(self, logprobs: TokenLogprobs, hidden_RC: Tensor, batch: Batch) -> TokenLogprobs:
-        if self.value_head is None:
-            return logprobs
-        return logprobs._replace(value_N=head_scores(hidden_RC, self.value_head)[batch.logit_index_N])
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write what `from_pretrained` loads: the model, or its adapters, and the tokenizer."""
@@ -204,15 +202,14 @@ def load_policy(
     """
     rows = num_rows_needed(tokenizer)
     model = load_causal_lm(cfg, vocabulary=rows, longest=longest, new_head=new_head, in_files=in_files, say=say)
+    policy = Policy(model)
     if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
-        policy = Policy(with_adapter(model, cfg, say))
-    elif cfg.adapter is not None and cfg.quantization is not None:
-        policy = Policy(load_lora(model, locate_adapter(cfg.adapter), say))
+        policy.model = with_adapter(model, cfg, say)
     elif cfg.adapter is not None:
-        say(f"model.adapter={cfg.adapter} is merged into the weights")
-        policy = Policy(merge_lora(load_lora(model, locate_adapter(cfg.adapter), say)).model)
-    else:
-        policy = Policy(model)
+        policy.model = adapted = load_lora(model, locate_adapter(cfg.adapter), say)
+        if cfg.quantization is None:
+            say(f"model.adapter={cfg.adapter} is merged into the weights")
+            policy.model = merge_lora(adapted).model
     policy.packed = choose_packed(policy, policy.causal_lm(), longest=longest, batching=batching, say=say)
     return policy
 
