@@ -17,7 +17,7 @@ TRAPS = {
         tests/unit/data/test_collate.py::test_pad_may_be_eos
         tests/unit/agent/test_batching.py::test_log_probabilities_equal_those_of_rows_alone""",
     "2 padding shifts positions, log-probabilities or scores": """
-        tests/unit/data/test_collate.py::test_padded_left_and_right
+        tests/unit/data/test_collate.py::test_padding_shifts_no_position
         tests/unit/data/test_collate.py::test_packed_two_responses_share_their_prompt
         tests/unit/agent/test_batching.py::test_what_is_written_is_that_of_an_argmax_loop
         tests/parity/test_packed_equals_padded.py::test_packed_equals_padded

@@ -65,7 +65,7 @@ def test_all_pairs_of_a_row_best_first() -> None:
     assert collate_packed([example([1], [2])]).pairs_P2.shape == (0, 2)
 
 
-def test_padded() -> None:
+def test_padding_shifts_no_position() -> None:
     rows = [example([1, 2], [3, EOS]), example([5], [EOS])]
     batch = collate_padded(rows, pad_id=0)
     assert batch.input_ids_BT.tolist() == [[1, 2, 3, EOS], [5, EOS, 0, 0]]
