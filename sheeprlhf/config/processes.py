@@ -17,6 +17,7 @@ from sheeprlhf.utils.launchers import (
     number_or,
 )
 
+LIGHTNING_CLI = "LT_CLI_USED"  # "1" in the processes that `fabric run` starts through torchrun
 LIGHTNING_OPTIONS = ("accelerator", "strategy", "devices", "num_nodes", "precision")
 
 
@@ -32,17 +33,25 @@ def with_launched_processes(config: RootConfig, *, alone: bool = False) -> RootC
     else:
         devices, num_nodes = _launched_numbers(fabric, found)
     fabric = dataclasses.replace(fabric, devices=devices, num_nodes=num_nodes)
-    problems = [
-        f"LT_{name.upper()}={os.environ[f'LT_{name.upper()}']} in the environment is an option of Lightning's: unset "
-        f"it, and give fabric.{name}"
-        for name in LIGHTNING_OPTIONS
-        if os.environ.get(f"LT_{name.upper()}", str(getattr(fabric, name))) != str(getattr(fabric, name))
-    ]
-    if problems:
+    if problems := [problem for name in LIGHTNING_OPTIONS if (problem := _lightning_problem(name, fabric))]:
         raise LauncherError(*problems)
     settled = dataclasses.replace(config, fabric=fabric)
     settled.lock()
     return settled
+
+
+def _lightning_problem(name: str, fabric: FabricConfig) -> str | None:
+    """A message about an option of Lightning's environment that differs from ours; None if it is the same or unset."""
+    variable = f"LT_{name.upper()}"
+    value = os.environ.get(variable)
+    if value in (None, str(getattr(fabric, name))):
+        return None
+    if os.environ.get(LIGHTNING_CLI) != "1":
+        return f"{variable}={value} in the environment is an option of Lightning's: unset it, and give fabric.{name}"
+    if name in ("devices", "num_nodes"):  # of which torchrun's variables, which are set too, tell the result
+        return None
+    own = f"fabric.{name}={getattr(fabric, name)}"
+    return f"--{name}={value} of fabric run is not {own}: give fabric.{name}={value} instead"
 
 
 def _count(fabric: FabricConfig) -> int | None:

@@ -361,7 +361,8 @@ def preparation_notes(
     if kind != "prompts" and (repeated := splits_with("repeated_prompt_rows", 0.5)):
         yield f"the responses of {repeated} begin with their prompt; remove it from them if that is a mistake"
     if templated := splits_with("templated_rows", 0.0, below=1.0):
-        yield f"only {templated} are in the chat template, the others are plain text; give all rows messages, or none"
+        fix = "give messages or a system text to all rows, or to none"
+        yield f"only {templated} are in the chat template, the others are plain text; {fix}"
     if texts := splits_with("text_rows", 0.0, below=1.0):
         yield f"{texts} have an empty prompt and are learned as texts; remove them if that is a mistake"
     if (reserved := rows_kept(report, "reward")) and rows_kept(report, "train"):

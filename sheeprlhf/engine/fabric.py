@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from sheeprlhf.config.processes import LIGHTNING_OPTIONS
+from sheeprlhf.config.processes import LIGHTNING_CLI, LIGHTNING_OPTIONS
 from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.engine.ranks import JoiningDDP
 from sheeprlhf.engine.shard import sharding_strategy
@@ -102,6 +102,7 @@ def make_fabric(cfg: FabricConfig) -> Fabric:
         known = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed the option
         options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
         strategy = JoiningDDP(**options)
+    os.environ.pop(LIGHTNING_CLI, None)  # with it Fabric would refuse to launch; our environment knows the processes
     for name in LIGHTNING_OPTIONS:  # checked to be the same, and Fabric would prefer them
         os.environ.pop(f"LT_{name.upper()}", None)
     try:

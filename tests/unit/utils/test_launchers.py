@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.config.processes import with_launched_processes
+from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.structure.run import EvalConfig, FabricConfig
 from sheeprlhf.utils import memory as machine
 from sheeprlhf.utils.errors import ConfigError
@@ -225,6 +226,21 @@ def test_lightnings_own_options_do_not_replace_ours(monkeypatch):
     assert [problem.partition("=")[0] for problem in refused.value.problems] == ["LT_DEVICES", "LT_PRECISION"]
     environment(monkeypatch, "LT_DEVICES=2 LT_PRECISION=32-true")
     assert numbers("2") == ("2", 1)
+
+
+def test_fabric_run_counts_as_torchrun(monkeypatch):
+    by_cli = f"{TORCHRUN} {MEET} LT_CLI_USED=1 LT_DEVICES=auto LT_NUM_NODES=1"  # with torchrun's own --nnodes
+    environment(monkeypatch, by_cli)
+    assert numbers() == ("2", 2)
+    environment(monkeypatch, by_cli, "LT_PRECISION=bf16-mixed")
+    with pytest.raises(LauncherError) as refused:
+        numbers()
+    [problem] = refused.value.problems
+    assert problem.startswith("--precision=bf16-mixed")
+    environment(monkeypatch, "LT_CLI_USED=1 LT_ACCELERATOR=cpu LT_DEVICES=1")
+    fabric = make_fabric(FabricConfig(accelerator="cpu", devices="1"))
+    fabric.launch()
+    assert fabric.world_size == 1
 
 
 GB = 10**9
