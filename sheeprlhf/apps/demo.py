@@ -18,6 +18,7 @@ from sheeprlhf.apps.chat import TEMPLATE, TEMPLATE_ARGS, WEIGHTS, number_problem
 from sheeprlhf.apps.terminal import Screen, clean, flag_entries, print_help
 from sheeprlhf.config.model_lookup import REWARD_MODEL, Trained, find_trained
 from sheeprlhf.security.version_guard import check_versions
+from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError
 
 Scope = MutableMapping[str, Any]
@@ -279,9 +280,10 @@ def _serve(models: list[Trained], reward: Trained | None, host: str, port: int, 
 
 
 def short_names(paths: list[str]) -> list[str]:
-    """As many of the last parts of each path as tell them apart, three at most if they already do."""
+    """As many of the last parts of each path as tell them apart; of runs without a name also their task and time."""
     parts = [path.rstrip("/").split("/") for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
+    fewest = 3 if any(part[-1].startswith(TrainConfig.run_name) for part in parts) else 1
+    for count in range(fewest, max(fewest, *map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]
         if len(set(names)) == len(set(paths)):
             break
