@@ -226,8 +226,8 @@ def _split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def _check_config_name(name: str, directory: str | None) -> None:
     """Raises ConfigError if no folder has that file."""
-    from sheeprlhf.config.compose import configs_directory
     from sheeprlhf.config.option_checks import did_you_mean
+    from sheeprlhf.config.registry import configs_directory
 
     folders = [Path(directory)] if directory else []
     folders.append(configs_directory())

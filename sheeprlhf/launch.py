@@ -13,8 +13,8 @@ from pkgutil import resolve_name
 from typing import NamedTuple
 
 from sheeprlhf.apps.arguments import ParsedArgs
+from sheeprlhf.config.command_words import option_word
 from sheeprlhf.config.compose import Job
-from sheeprlhf.config.overrides import option_word
 from sheeprlhf.config.processes import with_launched_processes
 from sheeprlhf.config.registry import config_hash, datasets_of
 from sheeprlhf.config.run_lookup import is_run_alias

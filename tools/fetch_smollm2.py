@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from sheeprlhf.config.overrides import command, option_word
+from sheeprlhf.config.command_words import command, option_word
 from sheeprlhf.engine.manifest import verify_manifest, write_manifest
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.utils.errors import CheckpointError, ModelError, SheepError

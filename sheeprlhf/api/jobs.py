@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.apps.arguments import ParsedArgs
+from sheeprlhf.config.command_words import option_word
 from sheeprlhf.config.compose import Job, Source, compose_job
-from sheeprlhf.config.overrides import option_word
 from sheeprlhf.launch import launch
 from sheeprlhf.security.json_records import RESULT, load_json
 from sheeprlhf.utils.errors import ConfigError, Interrupted, SheepError

@@ -165,7 +165,7 @@ def _space_problems(words: list[str]) -> Iterator[str]:
 def verb_problem(word: str, rest: list[str], verbs: Collection[str]) -> str:
     """The sentence for a first word that is not a command."""
     from sheeprlhf.config.option_checks import nearest
-    from sheeprlhf.config.overrides import choices_like
+    from sheeprlhf.config.option_lookup import choices_like
     from sheeprlhf.config.registry import choices
 
     key, equals, _ = word.partition("=")
@@ -188,7 +188,7 @@ def verb_problem(word: str, rest: list[str], verbs: Collection[str]) -> str:
 def flag_problem(given: str, value: str) -> str:
     """The sentence for a flag that Hydra's commands have not; options, which others write as flags, have no dashes."""
     from sheeprlhf.config.option_checks import nearest
-    from sheeprlhf.config.overrides import keys_like
+    from sheeprlhf.config.option_lookup import keys_like
     from sheeprlhf.config.registry import ROOTS, groups
 
     if given in _REJECTED_FLAGS:

@@ -21,8 +21,8 @@ from rich.text import Text
 import sheeprlhf
 from sheeprlhf.apps.arguments import ParsedArgs
 from sheeprlhf.apps.terminal import Screen, counted, paragraph, table
+from sheeprlhf.config.command_words import command
 from sheeprlhf.config.memory_advice import Change, memory_reductions, words
-from sheeprlhf.config.overrides import command
 from sheeprlhf.config.path_checks import data_is_here, model_folder
 from sheeprlhf.config.registry import datasets_of, replace_options
 from sheeprlhf.config.validate import parse_devices

@@ -17,8 +17,8 @@ import sheeprlhf
 from sheeprlhf.apps.arguments import Flag, read_flags
 from sheeprlhf.apps.chat import TEMPLATE, WEIGHTS, number_problems
 from sheeprlhf.apps.terminal import Screen, clean, flag_entries, is_number, print_help
+from sheeprlhf.config.command_words import command
 from sheeprlhf.config.model_lookup import POLICY, Trained, find_trained
-from sheeprlhf.config.overrides import command
 from sheeprlhf.config.path_checks import data_is_here, is_hub_id, model_folder, new_folder_problems
 from sheeprlhf.config.registry import choices, datasets_of
 from sheeprlhf.config.run_lookup import REPORT_FILE, is_newest, read_run, read_run_config, saved_group

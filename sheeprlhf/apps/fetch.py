@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from sheeprlhf.apps.arguments import ParsedArgs
-from sheeprlhf.config.overrides import command, option_word
+from sheeprlhf.config.command_words import command, option_word
 from sheeprlhf.config.registry import choices
 from sheeprlhf.security.model_folder import INDEX, WEIGHTS, check_model, folder_of, pickled_files, safetensors_files
 from sheeprlhf.structure.model import ModelConfig

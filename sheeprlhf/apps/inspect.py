@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sheeprlhf.apps.arguments import ParsedArgs
 from sheeprlhf.apps.terminal import Screen, columns, heading, paragraph
-from sheeprlhf.config.overrides import command
+from sheeprlhf.config.command_words import command
 from sheeprlhf.data.example import SCORED, Batch, Example, collate_packed
 from sheeprlhf.data.prepare import PreparedData, prepare_data
 from sheeprlhf.data.report import render_report

@@ -72,7 +72,7 @@ def _parse_words(words: list[str]) -> tuple[list[str], Path]:
 
 def _no_section(word: str) -> str:
     from sheeprlhf.config.option_checks import did_you_mean
-    from sheeprlhf.config.overrides import choices_like
+    from sheeprlhf.config.option_lookup import choices_like
 
     listed = f"the sections are {', '.join(SECTIONS)}"
     if "=" in word or choices_like(word):
@@ -89,7 +89,7 @@ def _no_folder(word: str, root: Path) -> str:
 
 
 def _print_choices(screen: Screen, section: str) -> None:
-    """Print the choices of a section; imports Hydra."""
+    """Print the choices of a section."""
     from sheeprlhf.apps.show import choices_of, default_choices, print_choices
 
     for number, (group, title, verb, words) in enumerate(_CHOICES[section]):

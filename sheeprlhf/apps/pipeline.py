@@ -20,8 +20,8 @@ import sheeprlhf
 from sheeprlhf.apps.arguments import ParsedArgs, parse_args
 from sheeprlhf.apps.runs import read_results
 from sheeprlhf.apps.terminal import Screen, is_number
+from sheeprlhf.config.command_words import command, option_word
 from sheeprlhf.config.compose import Source, compose_jobs
-from sheeprlhf.config.overrides import command, option_word
 from sheeprlhf.config.pipeline import Stage, stages_of
 from sheeprlhf.config.registry import NOT_IN_HASH, config_to_dict
 from sheeprlhf.config.run_lookup import next_order, order_of

@@ -23,7 +23,7 @@ from sheeprlhf.apps.pipeline import Row, cells, used_columns
 from sheeprlhf.apps.runs import MARK, Answer, Curve, Evaluation, Exchange, Record
 from sheeprlhf.apps.show import shown
 from sheeprlhf.apps.terminal import clean, counted, is_number
-from sheeprlhf.config.overrides import command
+from sheeprlhf.config.command_words import command
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.memory import size_text

@@ -6,16 +6,25 @@ from itertools import groupby, repeat
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 from rich.text import Text
 
 from sheeprlhf.apps.arguments import FLAGS, PLAIN_VERBS, PLOT, VERBS, read_flags
 from sheeprlhf.apps.terminal import Screen, clean, entry, flag_entries, heading, paragraph, print_help
-from sheeprlhf.config.compose import Source, compose_for_help, configs_directory
 from sheeprlhf.config.option_checks import nearest
-from sheeprlhf.config.overrides import Entry, catalogue, choices_like
-from sheeprlhf.config.registry import BASES, ROOTS, Option, choices, groups, leaves, options, unwrap_optional
+from sheeprlhf.config.option_lookup import Entry, catalogue, choices_like
+from sheeprlhf.config.registry import (
+    BASES,
+    ROOTS,
+    Option,
+    choices,
+    configs_directory,
+    groups,
+    leaves,
+    options,
+    unwrap_optional,
+)
 from sheeprlhf.config.run_lookup import NEWEST, START, TASKS
+from sheeprlhf.structure.option import MISSING, Config
 from sheeprlhf.utils.errors import ConfigError
 
 _FROM_FILE = "from a file"
@@ -329,15 +338,39 @@ def _location(group: str, names: list[str]) -> str:
     return f"with every {_GROUP_NAMES.get(group, group)}" if everywhere else f"with {group}={', '.join(names)}"
 
 
+def configuration_for_help(
+    verb: str, overrides: list[str], config_dir: str | None
+) -> tuple[Config, dict[str, list[str]]]:
+    """The configuration of the groups chosen so far, and the choices of every group. Raises ConfigError.
+
+    Choices that are all dataclasses are made without Hydra, whose import takes most of the time of a short command.
+    """
+    given = {key: value for key, _, value in (word.partition("=") for word in overrides)}
+    defaults, known = default_choices(verb), {group: choices(group, verb) for group in groups(verb)}
+    recipes = {"experiment": recipe_names(verb)} if "experiment" in defaults else {}
+    if verb == "pipeline":
+        del defaults["experiment"]  # the default recipe has stages, which help does not show, and nothing else
+    chosen = {group: name for group, name in (defaults | given).items() if name is not None}
+    has_files = config_dir is not None or any((configs_directory() / group).is_dir() for group in known)
+    if has_files or len(given) < len(overrides) or any(chosen[group] not in known.get(group, ()) for group in chosen):
+        from sheeprlhf.config.compose import Source, compose_for_help
+
+        return compose_for_help(Source(verb, config_dir), overrides)
+    config = ROOTS[verb]()
+    for group, name in chosen.items():
+        setattr(config, group, known[group][name]())
+    return config, {group: list(classes) for group, classes in known.items()} | recipes
+
+
 def print_verb_help(verb: str, overrides: list[str], config_dir: str | None) -> None:
-    """Print the groups, every option of the composed configuration, and the flags. Raises ConfigError."""
-    config, available = compose_for_help(Source(verb, config_dir), overrides)
+    """Print the groups, every option of the chosen configuration, and the flags. Raises ConfigError."""
+    config, available = configuration_for_help(verb, overrides, config_dir)
     screen = Screen()
     usage = heading(f"sheeprlhf {verb}", "[group=choice] [option=value] [--flag]")
     screen.print(usage, Text(), paragraph(VERBS[verb]), sep="\n")
     for group, names in available.items():
-        needed = group != "experiment" and OmegaConf.is_missing(config, group)
-        chosen = None if needed or group == "experiment" else OmegaConf.select(config, f"{group}.config_name")
+        needed = getattr(config, group) == MISSING
+        chosen = getattr(getattr(config, group), "config_name", None)
         note = "(must be given)" if needed else f"(default {chosen})" if chosen else ""
         screen.print(heading(f"\n{group}=", note, "odd" if needed else "faint"))
         known = choices_of(group, "" if group == "experiment" else verb)
@@ -350,7 +383,7 @@ def print_verb_help(verb: str, overrides: list[str], config_dir: str | None) -> 
         screen.print(entry(name, meaning, width=28))
 
 
-def _print_options(screen: Screen, verb: str, config: Any) -> None:
+def _print_options(screen: Screen, verb: str, config: Config) -> None:
     rows = [option for option in options(config) if _is_option(option) and option.key != "experiment"]
     if any(option.key == "task" for option in rows):  # it must be given
         for name, cls in choices("task", verb).items():
@@ -371,5 +404,5 @@ def _part_of(option: Option) -> str:
 
 
 def _is_option(option: Option) -> bool:
-    """False for those that are set by choosing."""
-    return not option.key.endswith("config_name")
+    """False for those that are set by choosing: names of choices, and the stages of a recipe."""
+    return not option.key.endswith("config_name") and not isinstance(option.value, dict)

@@ -23,9 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 
 import sheeprlhf
 from sheeprlhf.apps.arguments import ParsedArgs
-from sheeprlhf.config.compose import SAVED_CHOICE, Source, configs_directory, finish, saved_overrides
+from sheeprlhf.config.compose import SAVED_CHOICE, Source, finish, register_configs, saved_overrides
 from sheeprlhf.config.overrides import readable
-from sheeprlhf.config.registry import choices, current_word, register_configs
+from sheeprlhf.config.registry import choices, configs_directory, current_word
 from sheeprlhf.config.run_lookup import read_run
 from sheeprlhf.config.untrusted_config import check_sources
 from sheeprlhf.security.redaction import redact_command

@@ -3,17 +3,15 @@
 import contextlib
 import dataclasses
 import itertools
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from hydra import version
-from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
@@ -25,20 +23,29 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-import sheeprlhf
-from sheeprlhf.config.option_checks import option_problems, sweep_problems
+from sheeprlhf.config.command_words import option_word
+from sheeprlhf.config.option_checks import option_problems
 from sheeprlhf.config.overrides import (
     Chosen,
     condensed,
     key_problem,
     missing_problem,
-    option_word,
     pick_groups,
     readable,
     recipe_owner,
 )
 from sheeprlhf.config.path_checks import new_folder_problems, with_absolute_paths
-from sheeprlhf.config.registry import ROOTS, choices, groups, leaves, options, register_configs, to_typed
+from sheeprlhf.config.registry import (
+    BASES,
+    ROOTS,
+    choices,
+    configs_directory,
+    groups,
+    leaves,
+    options,
+    to_typed,
+    typed_with_missing,
+)
 from sheeprlhf.config.run_lookup import (
     RUN_OPTIONS,
     evaluated_run,
@@ -48,8 +55,9 @@ from sheeprlhf.config.run_lookup import (
     resolve_runs,
     saved_group,
 )
-from sheeprlhf.config.untrusted_config import CheckedFolder, check_sources, content_problems
+from sheeprlhf.config.untrusted_config import check_sources, content_problems
 from sheeprlhf.config.validate import validate
+from sheeprlhf.structure.option import Config
 from sheeprlhf.structure.run import EvalConfig, RootConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.home import known_home
@@ -69,13 +77,6 @@ class Source(NamedTuple):
     def name(self) -> str:
         """The file that is composed, by default the command's own."""
         return self.config_name or self.verb
-
-
-def configs_directory() -> Path:
-    """The repository's `configs/`, else the copy inside the installed package; never the working directory's."""
-    package = Path(sheeprlhf.__file__).resolve().parent
-    checkout = package.parent / "configs"
-    return checkout if (checkout / "train.yaml").is_file() else package / "configs"
 
 
 class Job(NamedTuple):
@@ -104,7 +105,7 @@ def compose_jobs(
 ) -> tuple[list[Job], list[str]]:
     """The valid jobs of a command line, several if it is a sweep, and the problems that `check` returns."""
     parsed, problems = readable(overrides)
-    problems += sweep_problems(parsed) if multirun else []
+    problems += _sweep_problems(parsed) if multirun else []
     jobs = []
     with _hydra(source):
         for words in _jobs(parsed) if multirun else [parsed]:
@@ -116,7 +117,7 @@ def compose_jobs(
     return jobs, list(dict.fromkeys(problems))
 
 
-def compose_for_help(source: Source, overrides: list[str]) -> tuple[DictConfig, dict[str, list[str]]]:
+def compose_for_help(source: Source, overrides: list[str]) -> tuple[Config, dict[str, list[str]]]:
     """The configuration of the groups chosen so far (`task` may stay missing), and the choices of every group."""
     parsed, problems = readable(overrides)
     with _hydra(source):
@@ -126,7 +127,7 @@ def compose_for_help(source: Source, overrides: list[str]) -> tuple[DictConfig, 
         raise ConfigError(*problems, *chosen.problems)
     with open_dict(config):
         del config["hydra"]
-    return config, chosen.available
+    return typed_with_missing(config), chosen.available
 
 
 def saved_overrides(verb: str, parsed: list[Override]) -> list[str]:
@@ -188,6 +189,36 @@ def finish(config: DictConfig, given_dir: str | None = None) -> Job:
     return Job(typed, given_dir, runs)
 
 
+class _LoadedOnDemand:
+    """A dataclass in Hydra's store: Hydra copies what it loads, and the copy of this is the dataclass's configuration.
+
+    A command loads about ten of sixty dataclasses, and each configuration takes milliseconds.
+    """
+
+    def __init__(self, cls: type) -> None:
+        self._cls = cls
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DictConfig:
+        return cast(DictConfig, OmegaConf.structured(self._cls))
+
+
+def register_configs() -> None:
+    """Everything into Hydra's ConfigStore: the roots as `<verb>_schema`, and the choices of every group."""
+    store = ConfigStore.instance()
+    setattr(ConfigStore, "__deepcopy__", lambda store, memo: store)  # noqa: B010  # for each composition Hydra copies all
+    for verb, root in ROOTS.items():
+        _store(store.repo, None, f"{verb}_schema", root)
+    for group in BASES:
+        for name, cls in choices(group).items():
+            _store(store.repo.setdefault(group, {}), group, name, cls)
+
+
+def _store(folder: dict[str, Any], group: str | None, name: str, cls: type) -> None:
+    """Put a dataclass where `ConfigStore.store` puts the whole configuration of one."""
+    file, node = f"{name}.yaml", cast(Any, _LoadedOnDemand(cls))
+    folder[file] = ConfigNode(file, node, group, package=None, provider=None)
+
+
 @contextlib.contextmanager
 def _hydra(source: Source) -> Iterator[None]:
     """Hydra's compose API over our configurations, the user's folder and the dataclasses, as `--config-dir` does it."""
@@ -211,29 +242,28 @@ def _group_options(verb: str, *, only_own_recipes: bool = True) -> dict[str, lis
     """The choices of every group, classes and files, without those of other verbs."""
     loader: Any = GlobalHydra.instance().config_loader()
     files = loader.repository  # the loader's own method copies all of it for every group
-    hidden = {SAVED_CHOICE, *choices("task")} - set(choices("task", verb))
-    recipes = ["experiment"] if verb in _WITH_RECIPES else []
     found = {}
-    for group in [*groups(verb), *recipes]:
-        names = files.get_group_options(group, ObjectType.CONFIG)
-        found[group] = [name for name in names if name not in (hidden if group == "task" else {SAVED_CHOICE})]
-    if "experiment" in found and only_own_recipes:
-        found["experiment"] = [n for n in found["experiment"] if _is_of_pipeline(files, n) == (verb == "pipeline")]
+    for group in groups(verb):
+        hidden = {SAVED_CHOICE, *choices(group)} - set(choices(group, verb))
+        found[group] = [name for name in files.get_group_options(group, ObjectType.CONFIG) if name not in hidden]
+    if verb in _WITH_RECIPES:
+        recipes = files.get_group_options("experiment", ObjectType.CONFIG)
+        owner = "pipeline" if verb == "pipeline" else "train"  # also of those of `doctor`
+        found["experiment"] = [name for name in recipes if not only_own_recipes or recipe_owner(name) in (None, owner)]
     return found
-
-
-def _is_of_pipeline(files: ConfigRepository, recipe: str) -> bool:
-    """True if a recipe has stages. Files without that word are not parsed: it would take a tenth of a second."""
-    path = f"experiment/{recipe}"
-    source = next(source for source in files.get_sources() if source.is_config(path))
-    with contextlib.suppress(ConfigError):  # reported when the recipe is chosen
-        if isinstance(source, CheckedFolder) and not re.search(r"\bstages\b['\"]?\s*:", source.text(path)):
-            return False
-    return recipe_owner(recipe) == "pipeline"
 
 
 def _words(overrides: list[Override]) -> list[str]:
     return [override.input_line or "" for override in overrides]
+
+
+def _sweep_problems(parsed: list[Override]) -> list[str]:
+    """Hydra composes a sweep once without what is swept, and an option of a task needs one that is chosen then."""
+    swept = [override for override in parsed if override.is_sweep_override() and override.key_or_group == "task"]
+    inner = [override.key_or_group for override in parsed if override.key_or_group.startswith("task.")]
+    if not swept or not inner:
+        return []
+    return [f"{swept[0].input_line} in a sweep does not go with {inner[0]}: give each task a command of its own"]
 
 
 def _jobs(parsed: list[Override]) -> Iterator[list[Override]]:
@@ -277,7 +307,7 @@ def _compose_job(source: Source, parsed: list[Override], complete: bool) -> Job 
             problems += new_folder_problems("hydra.run.dir", given_dir, expands=False)
         if complete and (keys := sorted(OmegaConf.missing_keys(base))):
             problems += [missing_problem(key, base) for key in keys if key.split(".")[0] not in chosen.failed]
-            problems += [problem for option in options(base) for problem in option_problems(option)]
+            problems += [problem for option in options(typed_with_missing(base)) for problem in option_problems(option)]
         elif complete:
             job = finish(base, given_dir)
     except OmegaConfBaseException as error:

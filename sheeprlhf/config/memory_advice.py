@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from sheeprlhf.config.overrides import option_word, shell_word
+from sheeprlhf.config.command_words import option_word, shell_word
 from sheeprlhf.config.registry import NOT_IN_HASH
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import TrainTaskConfig

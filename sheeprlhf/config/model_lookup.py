@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sheeprlhf.config.command_words import shell_word
 from sheeprlhf.config.option_checks import near_path
-from sheeprlhf.config.overrides import shell_word
 from sheeprlhf.config.path_checks import model_problem, template_problem, weights_problems
 from sheeprlhf.config.registry import choices
 from sheeprlhf.config.run_lookup import (
@@ -213,7 +213,7 @@ def reads_chat(cfg: TrainConfig | EvalConfig) -> bool:
     return getattr(cfg.reward, "template", "plain") == "chat"
 
 
-def reward_model_source(cfg: TrainConfig | EvalConfig, term: str = MODEL) -> tuple[str | None, str | None, ModelConfig]:
+def reward_model_source(cfg: TrainConfig | EvalConfig, term: str) -> tuple[str | None, str | None, ModelConfig]:
     """Return the run or the folder that the reward model of a term is in, and its model's configuration."""
     folder, run_dir = term_folder(term), getattr(cfg.task, "rm_experiment_dir", None)
     folder = getattr(cfg.reward, "folder", None) if folder is None else folder
@@ -226,7 +226,7 @@ def reward_model_source(cfg: TrainConfig | EvalConfig, term: str = MODEL) -> tup
 
 
 @contextmanager
-def reward_folder_errors(term: str = MODEL) -> Iterator[None]:
+def reward_folder_errors(term: str) -> Iterator[None]:
     """Let the errors of a block name the option of a term's folder instead of `model.repo_name`."""
     try:
         yield

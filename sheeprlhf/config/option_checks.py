@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hydra.core.override_parser.types import Override
-
 from sheeprlhf.config.registry import Option
 from sheeprlhf.security.redaction import is_secret_value
 
@@ -145,12 +143,3 @@ def option_problems(option: Option) -> Iterator[str]:
                 yield f"{key}={number} is too small: give more than {above:.12g}{unit}"
             elif high is not None and number > high:
                 yield f"{key}={number} is too large: give {high:.12g}{unit} or less"
-
-
-def sweep_problems(parsed: list[Override]) -> list[str]:
-    """Hydra composes a sweep once without what is swept, and an option of a task needs one that is chosen then."""
-    swept = [override for override in parsed if override.is_sweep_override() and override.key_or_group == "task"]
-    inner = [override.key_or_group for override in parsed if override.key_or_group.startswith("task.")]
-    if not swept or not inner:
-        return []
-    return [f"{swept[0].input_line} in a sweep does not go with {inner[0]}: give each task a command of its own"]

@@ -1,35 +1,33 @@
-"""Write overrides for messages, check those of the command line, find options by a name or a mistyped one."""
+"""Check the overrides of a command line."""
 
 import contextlib
 import re
-import shlex
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from sheeprlhf.config.command_words import hydra_value, parse_word, shell_word
 from sheeprlhf.config.option_checks import did_you_mean, nearest
+from sheeprlhf.config.option_lookup import entries_of, meant_by, owners_of
 from sheeprlhf.config.registry import (
-    RENAMED,
     ROOTS,
-    Option,
     choices,
     current_word,
     groups,
     options,
     twice_given,
     type_hints,
+    typed_with_missing,
     unwrap_optional,
 )
 from sheeprlhf.security.redaction import CREDENTIAL_ADVICE, is_secret_name, is_secret_value
-from sheeprlhf.structure.option import Config
 
 
 class Chosen(NamedTuple):
@@ -54,7 +52,7 @@ def readable(words: list[str]) -> tuple[list[Override], list[str]]:
         if is_secret_value(word):
             problems.append(f"{key if value and not is_secret_value(key) else 'a word'}: {CREDENTIAL_ADVICE}")
             continue
-        override = _parsed(word)
+        override = parse_word(word)
         name = key if override is None else override.key_or_group
         if is_secret_name(name) and (override is None or not _is_option(name)):
             problems.append(f"{name}: {CREDENTIAL_ADVICE}")
@@ -80,12 +78,12 @@ def quote_list_items(word: str) -> str:
     if not value.startswith("[") or not value.endswith("]"):
         return word
     items, texts = _split_items(value[1:-1]), _is_list_of_texts(key)
-    if items is None or (not texts and _parsed(word) is not None):
+    if items is None or (not texts and parse_word(word) is not None):
         return word
     kind = str if texts else object
     quoted = [item if _reads_as(item, kind) else hydra_value(item.replace("\\,", ",")) for item in items]
     result = f"{key}=[{','.join(quoted)}]"
-    return word if _parsed(result) is None else result
+    return word if parse_word(result) is None else result
 
 
 def _split_items(text: str) -> list[str] | None:
@@ -112,16 +110,9 @@ def _split_items(text: str) -> list[str] | None:
     return [*items, text[start:].strip()] if text.strip() else []
 
 
-def _parsed(word: str) -> Override | None:
-    try:
-        return OverridesParser.create().parse_override(word)
-    except (HydraException, ValueError):
-        return None
-
-
 def _reads_as(item: str, kind: type) -> bool:
     """True if Hydra reads an item of a list as a value of this kind."""
-    found = _parsed(f"key=[{item}]")
+    found = parse_word(f"key=[{item}]")
     value = None if found is None else found.value()
     return isinstance(value, list) and len(value) == 1 and isinstance(value[0], kind)
 
@@ -171,24 +162,30 @@ def _choice_problem(verb: str, override: Override, available: dict[str, list[str
         return _sweep_problem(override, is_text=False)
     if isinstance(value, str) and value in names:
         return None
-    if key == "task":
-        owner = next((other for other in ROOTS if other != verb and value in choices("task", other)), None)
-        if owner:
-            return f"task={value} belongs to `{owner}`: write {owner} task={value}; here {listed}"
-    owner = recipe_owner(value) if key == "experiment" and isinstance(value, str) else None
+    if key == "experiment":
+        owner = recipe_owner(value) if isinstance(value, str) else None
+    else:
+        owner = next((other for other in ROOTS if key in groups(other) and value in choices(key, other)), None)
     if owner is not None:
-        return f"experiment={value} belongs to `{owner}`: write {owner} experiment={value}; here {listed}"
+        return f"{key}={value} belongs to `{owner}`: write {owner} {key}={value}; here {listed}"
     did = did_you_mean(value if isinstance(value, str) else "", names, listed, key=f"{key}=")
     return f"{_short(override.input_line)} is not a choice: {did}"
 
 
 def recipe_owner(recipe: str) -> str | None:
-    """The command of a recipe: `pipeline` if it has stages, else `train`; None if unknown. Call it inside Hydra."""
+    """The command of a recipe: `pipeline` if it has stages, else `train`; None if there is none that can be read.
+
+    Call it inside Hydra.
+    """
     loader: Any = GlobalHydra.instance().config_loader()
+    path = f"experiment/{recipe}"
+    source = next((source for source in loader.repository.get_sources() if source.is_config(path)), None)
     with contextlib.suppress(HydraException, OmegaConfBaseException, YAMLError, ValueError):  # reported later
-        found = loader.repository.load_config(f"experiment/{recipe}")
-        if found is not None:
-            return "pipeline" if "stages" in found.config else "train"
+        text = getattr(source, "text", None)  # of a file: to parse all recipes would take a third of a second
+        if text is not None and not re.search(r"\bstages\b['\"]?\s*:", text(path)):
+            return "train"
+        if source is not None:
+            return "pipeline" if "stages" in loader.repository.load_config(path).config else "train"
     return None
 
 
@@ -265,7 +262,7 @@ def _find(config: DictConfig, key: str) -> _Found | str | None:
 
 def missing_problem(key: str, config: DictConfig) -> str:
     """The sentence for a value that only the user can give."""
-    found = next((option for option in options(config) if option.key == key), None)
+    found = next((option for option in options(typed_with_missing(config)) if option.key == key), None)
     meaning = f" ({found.metadata['help'].rstrip('.')})" if found is not None and found.metadata.get("help") else ""
     return f"{key} is missing: give {key}=<value>{meaning}"
 
@@ -294,77 +291,6 @@ def _short(text: str | None, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-class Entry(NamedTuple):
-    """One option of one choice of a command."""
-
-    verb: str  # the command
-    group: str  # the group that the option belongs to; empty for the command's own
-    choice: str  # the choice of that group which has it; empty for the command's own
-    option: Option  # its key, type, default and documentation
-
-
-def catalogue(verbs: Iterable[str] = ROOTS) -> Iterator[Entry]:
-    """Every option of every choice of these commands."""
-    for verb in verbs:
-        yield from _own_entries(verb)
-        for group in groups(verb):
-            yield from _group_entries(verb, group)
-
-
-def entries_of(key: str, verbs: Iterable[str] = ROOTS) -> Iterator[Entry]:
-    """The option with this key, of every choice of these commands that has it."""
-    group = key.partition(".")[0]
-    for verb in verbs:
-        found = _group_entries(verb, group) if group in groups(verb) else _own_entries(verb)
-        yield from (entry for entry in found if entry.option.key == key)
-
-
-def _own_entries(verb: str) -> Iterator[Entry]:
-    yield from (Entry(verb, "", "", option) for option in options(ROOTS[verb]()) if option.key not in groups(verb))
-
-
-def _group_entries(verb: str, group: str) -> Iterator[Entry]:
-    for name, cls in choices(group, verb).items():
-        for option in options(cls(), f"{group}."):
-            if option.key != f"{group}.config_name":
-                yield Entry(verb, group, name, option)
-
-
-def keys_like(name: str, verbs: Iterable[str] = ROOTS) -> list[str]:
-    """The keys that `name` is, or is the last part of: `lr` is `optim.lr`, `model.lr` and `model.lora_cfg.lr`."""
-    keys = dict.fromkeys(entry.option.key for entry in catalogue(verbs))
-    found = [name] if name in keys else [key for key in keys if key.endswith(f".{name}")]
-    return found or [new for old, new in RENAMED.items() if new in keys and name in (old, old.partition(".")[2])]
-
-
-def choices_like(word: str) -> list[str]:
-    """The choices of that name in any letter case, as words of a command line: `opt` is `model=opt`."""
-    all_groups = dict.fromkeys(group for verb in ROOTS for group in groups(verb))
-    return [f"{group}={name}" for group in all_groups for name in choices(group) if name == word.casefold()]
-
-
-def meant_by(word: str) -> list[str]:
-    """Possible meanings of a word without `=`: a choice, an option's value, an option; else the nearest of them."""
-    folded = word.casefold()
-    entries = list(catalogue())
-    values = {f"{e.option.key}={value}": value for e in entries for value in e.option.metadata.get("choices", ())}
-    same = choices_like(word) or [text for text, value in values.items() if value.casefold() == folded]
-    same = same or [f"{key}=<value>" for key in keys_like(folded)]
-    if not same:
-        named = {e.choice: f"{e.group}={e.choice}" for e in entries if e.choice}
-        named |= {e.option.key.rpartition(".")[2]: f"{e.option.key}=<value>" for e in reversed(entries)}
-        near = nearest(word, named)
-        same = [named[near]] if near else []
-    return same[:3]
-
-
-def owners_of(key: str, but: str) -> str:
-    """A sentence's end that names the other commands which have this option or group; empty if none has."""
-    having = [verb for verb in ROOTS if key in groups(verb) or any(entries_of(key, [verb]))]
-    owners = [f"`{verb}`" for verb in having if verb != but]
-    return f" ({', '.join(owners)} {'has' if len(owners) == 1 else 'have'} {key})" if owners else ""
-
-
 _HYDRA_KEYS = [
     f"hydra{key}"
     for key in (".run.dir", ".sweep.dir", ".sweep.subdir", ".job.name", ".verbose", "/launcher", "/sweeper")
@@ -378,7 +304,7 @@ def unknown_key(verb: str, key: str, config: DictConfig, names: Iterable[str]) -
         having = [n for n, cls in choices(group, verb).items() if rest in {o.key for o in options(cls())}]
         if rest and having:
             return f"{key} is an option of {group}={' and '.join(having)}: choose that, or remove {key}"
-    keys = [option.key for option in options(config)]
+    keys = [option.key for option in options(typed_with_missing(config))]
     last = key.split(".")[-1]
     same = [k for k in keys if k.split(".")[-1] == last]
     if not same:
@@ -401,53 +327,3 @@ def condensed(lines: list[str], verb: str) -> str:
     names = [field for group in groups(verb) for cls in choices(group, verb).values() for field in vars(cls())]
     near = nearest(key.split(".")[-1], names) if key else None
     return f"{text} ({key}: did you mean {near}?)" if near else text
-
-
-PROGRAM = ("python", "sheeprlhf.py")
-
-
-def command(words: Iterable[str]) -> str:
-    """Return a command line for a shell; its options are words of `option_word`, or as a user typed them."""
-    return shlex.join([*PROGRAM, *words])
-
-
-def option_word(key: str, value: Any) -> str:
-    """Return `key=value` as Hydra reads it back: text in quotes where it has to be, lists in brackets."""
-    return f"{key}={hydra_value(value)}"
-
-
-def shell_word(key: str, value: Any) -> str:
-    """Return `option_word` as a shell takes it, for messages that name one option."""
-    return shlex.quote(option_word(key, value))
-
-
-def hydra_value(value: Any) -> str:
-    """Return a value in the grammar of Hydra's command line."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(hydra_value, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{','.join(f'{key}:{hydra_value(of)}' for key, of in value.items())}}}"
-    return str(value) if isinstance(value, int | float) else _text(str(value))
-
-
-def changed_words(group: str, config: Config, left_out: Iterable[str] = ()) -> Iterator[str]:
-    """Yield the options of a group that differ from the defaults of their choice, except for those `left_out`."""
-    default = type(config)()
-    for option in options(config, f"{group}."):
-        name = option.key.rpartition(".")[2]
-        value, usual = (
-            tuple(of) if isinstance(of, list) else of for of in (option.value, getattr(default, name, None))
-        )
-        if value in (None, usual) or name in (*left_out, "config_name") or (not usual and not value):
-            continue
-        yield option_word(option.key, value)
-
-
-def _text(text: str) -> str:
-    """Return a text, in quotes unless Hydra reads it as the same text without them."""
-    read = [one and one.value() for one in (_parsed(f"key={text}"), _parsed(f"key=[{text}]"))]
-    plain = "${" not in text and read == [text, [text]]
-    mark = Quote.single if '"' in text else Quote.double  # the shell's quotes are single ones
-    return text if plain else QuotedString(text.replace("${", "\\${"), mark).with_quotes()

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sheeprlhf.config.command_words import shell_word
 from sheeprlhf.config.option_checks import did_you_mean, near_path
-from sheeprlhf.config.overrides import shell_word
 from sheeprlhf.config.registry import datasets_of, options, replace_options
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.structure.reward import term_folder

@@ -6,10 +6,9 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
+from sheeprlhf.config.command_words import hydra_value
 from sheeprlhf.config.option_checks import did_you_mean
-from sheeprlhf.config.overrides import hydra_value
 from sheeprlhf.config.registry import current_word
-from sheeprlhf.config.untrusted_config import word_problem
 from sheeprlhf.structure.run import PipelineConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError
 
@@ -101,6 +100,8 @@ def _split(text: str) -> list[str]:
 
 
 def _recipe_problems(config: PipelineConfig) -> Iterator[str]:
+    from sheeprlhf.config.untrusted_config import word_problem  # imports Hydra
+
     if not config.stages:
         yield "there are no stages: give experiment=<recipe>; `list pipelines` tells which there are"
     taken = {field.name for cls in (TrainConfig, PipelineConfig) for field in dataclasses.fields(cls)}

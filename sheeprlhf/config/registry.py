@@ -1,4 +1,7 @@
-"""From names to config dataclasses, and to a typed, read-only configuration; old option names stay accepted."""
+"""From names to config dataclasses, and to a typed, read-only configuration; old option names stay accepted.
+
+OmegaConf is imported by the functions that convert: help and the lookup of names need the dataclasses alone.
+"""
 
 import dataclasses
 import functools
@@ -9,12 +12,10 @@ import sys
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from hydra.core.config_store import ConfigNode, ConfigStore
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+import sheeprlhf
 from sheeprlhf.structure.data import DataConfig, MixDataConfig
 from sheeprlhf.structure.evaluation import EvalTaskConfig, FrontierConfig
 from sheeprlhf.structure.model import ModelConfig
@@ -36,6 +37,9 @@ from sheeprlhf.structure.run import (
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.launchers import is_rank_zero
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 ROOTS: dict[str, type[TrainConfig] | type[EvalConfig] | type[CommandConfig]] = {
     "train": TrainConfig,
@@ -88,6 +92,13 @@ class Option(NamedTuple):
     default: Any = None
 
 
+def configs_directory() -> Path:
+    """The repository's `configs/`, else the copy inside the installed package; never the working directory's."""
+    package = Path(sheeprlhf.__file__).resolve().parent
+    checkout = package.parent / "configs"
+    return checkout if (checkout / "train.yaml").is_file() else package / "configs"
+
+
 def choices(group: str, verb: str = "") -> dict[str, type[Config]]:
     """The dataclasses of a group by `config_name`: every subclass that is defined, so a new one needs no list."""
     bases = _OF_VERB.get((group, verb), BASES[group])
@@ -107,49 +118,16 @@ def groups(verb: str) -> list[str]:
     return [field.name for field in dataclasses.fields(ROOTS[verb]) if field.name in BASES]
 
 
-class _LoadedOnDemand:
-    """A dataclass in Hydra's store: Hydra copies what it loads, and the copy of this is the dataclass's configuration.
-
-    A command loads about ten of sixty dataclasses, and each configuration takes milliseconds.
-    """
-
-    def __init__(self, cls: type) -> None:
-        self._cls = cls
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> DictConfig:
-        return cast(DictConfig, OmegaConf.structured(self._cls))
-
-
-def register_configs() -> None:
-    """Everything into Hydra's ConfigStore: the roots as `<verb>_schema`, and the choices of every group."""
-    store = ConfigStore.instance()
-    setattr(ConfigStore, "__deepcopy__", lambda store, memo: store)  # noqa: B010  # for each composition Hydra copies all
-    for verb, root in ROOTS.items():
-        _store(store.repo, None, f"{verb}_schema", root)
-    for group in BASES:
-        for name, cls in choices(group).items():
-            _store(store.repo.setdefault(group, {}), group, name, cls)
-
-
-def _store(folder: dict[str, Any], group: str | None, name: str, cls: type) -> None:
-    """Put a dataclass where `ConfigStore.store` puts the whole configuration of one."""
-    file, node = f"{name}.yaml", cast(Any, _LoadedOnDemand(cls))
-    folder[file] = ConfigNode(file, node, group, package=None, provider=None)
-
-
-def options(node: Config | DictConfig, prefix: str = "") -> Iterator[Option]:
-    """Every leaf of a configuration, typed or as Hydra composed it, in the order of the dataclasses."""
-    cls = OmegaConf.get_type(node) if isinstance(node, DictConfig) else type(node)
-    if cls is None or not dataclasses.is_dataclass(cls):
-        return
+def options(node: Config, prefix: str = "") -> Iterator[Option]:
+    """Every leaf of a configuration, in the order of the dataclasses."""
+    cls: Any = type(node)
     hints = type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.name in getattr(cls, "unread", ()):
             continue
         key = f"{prefix}{field.name}"
-        missing = isinstance(node, DictConfig) and OmegaConf.is_missing(node, field.name)
-        value = "???" if missing else getattr(node, field.name)
-        if isinstance(value, Config | DictConfig):
+        value = getattr(node, field.name)
+        if isinstance(value, Config):
             yield from options(value, f"{key}.")
         else:
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -171,8 +149,25 @@ def _metadata(cls: type, name: str) -> typing.Mapping[str, Any]:
     return {}
 
 
-def to_typed(config: DictConfig) -> RootConfig:
+def typed_with_missing(config: "DictConfig") -> Config:
+    """The composed configuration as dataclasses in which options may be missing ("???"), to look through them."""
+    from omegaconf import OmegaConf
+
+    typed: Config = cast(Any, OmegaConf.get_type(config))()
+    for name in map(str, config):
+        value: Any = "???" if OmegaConf.is_missing(config, name) else config[name]
+        if OmegaConf.is_config(value):
+            is_group = dataclasses.is_dataclass(OmegaConf.get_type(value))
+            value = typed_with_missing(value) if is_group else OmegaConf.to_container(value)
+        setattr(typed, name, value)
+    return typed
+
+
+def to_typed(config: "DictConfig") -> RootConfig:
     """The composed configuration as read-only dataclasses, dry run applied. Raises ConfigError for wrong values."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         typed = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -279,6 +274,9 @@ def from_dict(kind: str, saved: dict[str, Any]) -> Config:
     Raises:
         ConfigError: the name or a key is unknown, or a value has the wrong type.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     name = saved.get("config_name")
     cls = choices(kind).get(str(name), ModelConfig if kind == "model" else None)
     if cls is None:

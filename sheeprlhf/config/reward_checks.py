@@ -13,8 +13,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from sheeprlhf.config.command_words import shell_word
 from sheeprlhf.config.option_checks import did_you_mean, nearest, not_installed, unread, url_problem
-from sheeprlhf.config.overrides import shell_word
 from sheeprlhf.config.path_checks import is_weights_name, model_problem, new_folder_problems, weights_problems
 from sheeprlhf.config.registry import choices, config_to_dict
 from sheeprlhf.config.run_lookup import (
@@ -371,8 +371,7 @@ def environment_problems(config: TrainConfig | EvalConfig | InspectConfig) -> It
     """Problems of an environment: its class, its options, and other options that do not go with it."""
     rollout = config.rollout
     if not isinstance(rollout, LocalRolloutConfig):
-        verb = "inspect" if isinstance(config, InspectConfig) else f"task={config.task.config_name}"
-        yield unread(f"rollout={rollout.config_name}", f"by {verb}")
+        yield unread(f"rollout={rollout.config_name}", f"by task={config.task.config_name}")
         return
     source, given = rollout.environment, f"rollout.environment={rollout.environment}"
     if source is None:

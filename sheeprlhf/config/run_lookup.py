@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
+from sheeprlhf.config.command_words import changed_words, command, option_word
 from sheeprlhf.config.option_checks import near_path
-from sheeprlhf.config.overrides import changed_words, command, option_word
 from sheeprlhf.config.path_checks import is_template_file, weights_problems
 from sheeprlhf.config.registry import choices, config_hash, from_dict, rename_keys, replace_options
 from sheeprlhf.security.json_records import LATEST, RUN, load_json
@@ -59,14 +59,14 @@ def _warn(text: str) -> None:
     _print_once(f"warning: {text}", "stderr")
 
 
-def find_runs(root_dir: str | Path, warn: Callable[[str], object] = _warn) -> list[FoundRun]:
+def find_runs(root_dir: str | Path) -> list[FoundRun]:
     """All runs under `root_dir`, newest first; a run whose run.json is damaged is named and left out."""
     runs = []
     for path in sorted(Path(root_dir).glob(f"*/*/*/*/*/{RUN_FILE}")):
         try:
             runs.append(FoundRun(path.parent, read_run(path.parent)))
         except RecordError as error:
-            warn(f"skipping a run: {error}")
+            _warn(f"skipping a run: {error}")
     return sorted((run for run in runs if run.info), key=lambda run: (order_of(run.info), run.dir.name), reverse=True)
 
 

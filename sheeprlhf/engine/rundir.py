@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from sheeprlhf.config.overrides import command, hydra_value, option_word
+from sheeprlhf.config.command_words import command, hydra_value, option_word
 from sheeprlhf.config.path_checks import absolute_words
 from sheeprlhf.config.registry import NOT_IN_HASH, PERFORMANCE_ONLY_OPTIONS, choices, config_to_dict, leaves
 from sheeprlhf.config.run_lookup import (

@@ -27,7 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sheeprlhf.config.overrides import shell_word
+from sheeprlhf.config.command_words import shell_word
 from sheeprlhf.model.attention import no_router_logits
 from sheeprlhf.model.folder.architecture import outgrows_cache
 from sheeprlhf.rollout.padded_decoders import unpacked_decoder

@@ -7,9 +7,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
+MISSING: Any = "???"  # OmegaConf's mark of a value that the user must give; a constant here, as its import is slow
+
 
 def option(
-    default: Any = dataclasses.MISSING,  # `omegaconf.MISSING` ("???") for one that the user must give
+    default: Any = dataclasses.MISSING,  # `MISSING` for one that the user must give
     help: str = "",  # the meaning, one sentence
     *,
     factory: Callable[[], Any] | None = None,  # makes the default, for lists

@@ -5,9 +5,7 @@ import string
 from dataclasses import dataclass
 from typing import NamedTuple, Optional, TypeGuard
 
-from omegaconf import MISSING
-
-from sheeprlhf.structure.option import Config, option
+from sheeprlhf.structure.option import MISSING, Config, option
 
 MODEL = "model"  # the term that is a reward model's score
 _MODEL_PREFIX = "model:"  # of a term that is a further reward model: model:<folder or hub id>

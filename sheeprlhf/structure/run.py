@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
 
-from omegaconf import MISSING
-
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.evaluation import EvalTaskConfig
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.option import Config, option
+from sheeprlhf.structure.option import MISSING, Config, option
 from sheeprlhf.structure.reward import RewardSourceConfig
 from sheeprlhf.structure.rollout import RolloutSourceConfig
 from sheeprlhf.structure.task import TrainTaskConfig

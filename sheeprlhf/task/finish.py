@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy
+from sheeprlhf.config.command_words import changed_words, command, option_word
 from sheeprlhf.config.model_lookup import Trained
-from sheeprlhf.config.overrides import changed_words, command, option_word
 from sheeprlhf.config.run_lookup import REPORT_FILE, REWARD_MODEL, scores_by_run
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.prepare import NOTHING_KEPT, PreparedData, Stream, prepare_training_data

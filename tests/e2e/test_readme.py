@@ -94,7 +94,7 @@ PROGRAM = """
 import json, sheeprlhf
 from sheeprlhf.cli import run
 from pathlib import Path
-from sheeprlhf.config.compose import configs_directory
+from sheeprlhf.config.registry import configs_directory
 from sheeprlhf.utils.home import embedded_folder
 places = Path(sheeprlhf.__file__).parent, configs_directory(), embedded_folder("embedded:tiny")
 run(["train", "task=sft", "dry_run=true"])

@@ -10,7 +10,7 @@ import pytest
 
 from sheeprlhf.apps.arguments import PLAIN_VERBS, VERBS, parse_args
 from sheeprlhf.config.compose import Source, check
-from sheeprlhf.config.overrides import catalogue
+from sheeprlhf.config.option_lookup import catalogue
 from sheeprlhf.config.registry import ROOTS, choices, groups
 from tests.faults.test_resume import VARIANTS
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sheeprlhf.config.overrides import command, option_word
+from sheeprlhf.config.command_words import command, option_word
 from sheeprlhf.config.run_lookup import model_options
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.store import TokenizedSplit

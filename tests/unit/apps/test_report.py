@@ -461,7 +461,12 @@ def test_a_browser_runs_no_script_of_a_sample_and_shows_all_sections(tmp_path, p
     page_of(_fill_with(tmp_path / "run", EVIL), make_past_run(tmp_path / "other"))
     assert BROWSER is not None
     source = (tmp_path / "page.html").read_text()
-    measure = "<script>document.body.dataset.wide = document.documentElement.scrollWidth</script></body>"
+    measure = """<script>
+        document.body.dataset.wide = document.documentElement.scrollWidth
+        document.body.style.width = "420px"  // as on a phone; no window is that narrow
+        const runs = document.querySelector("#runs .scroll")
+        document.body.dataset.hidden = runs.scrollWidth - runs.clientWidth
+        </script></body>"""
     open_page = tmp_path / "open.html"
     open_page.write_text(
         re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", source).replace("</body>", measure)
@@ -475,6 +480,7 @@ def test_a_browser_runs_no_script_of_a_sample_and_shows_all_sections(tmp_path, p
         assert dom.count("<svg") > 8
     assert "data-wide" not in shown
     assert int(re.findall(r'data-wide="(\d+)"', measured)[0]) <= 500  # only tables scroll sideways
+    assert int(re.findall(r'data-hidden="(\d+)"', measured)[0]) == 0  # but not that of two runs
 
 
 def curve(values: list[float], first: int = 0) -> Curve:

@@ -4,10 +4,10 @@ import pytest
 import yaml
 
 from sheeprlhf.apps.arguments import VERBS
-from sheeprlhf.apps.show import default_choices, recipe_names
+from sheeprlhf.apps.show import configuration_for_help, default_choices, recipe_names
 from sheeprlhf.cli import run
-from sheeprlhf.config.compose import configs_directory
-from sheeprlhf.config.registry import ROOTS, choices, groups, options
+from sheeprlhf.config.compose import Source, compose_for_help
+from sheeprlhf.config.registry import ROOTS, choices, configs_directory, groups, options
 from tests.support.runs import exit_code
 
 
@@ -127,6 +127,32 @@ def test_choices_given_with_help_show_their_own_options(capsys):
     assert "data.train_file" in printed
     assert "optim.nesterov" in printed
     assert "optim.betas" not in printed
+
+
+@pytest.mark.parametrize("verb", ROOTS)
+def test_help_has_the_options_and_choices_of_the_composition(verb):
+    names = {group: list(choices(group, verb)) for group in groups(verb)} if verb in ("train", "eval") else {}
+    for index in range(-1, max(map(len, names.values()), default=0)):
+        words = [f"{group}={of[index % len(of)]}" for group, of in names.items()] if index >= 0 else []
+        found, composed = configuration_for_help(verb, words, None), compose_for_help(Source(verb), words)
+        rows, expected = ([plain(option) for option in options(config)] for config, _ in (found, composed))
+        assert rows == [row._replace(value=({} if isinstance(row.value, dict) else row.value)) for row in expected]
+        assert {group: set(names) for group, names in found[1].items()} == {
+            group: set(names) for group, names in composed[1].items()
+        }
+
+
+def plain(option):
+    """The option with a list in place of a tuple, which a composition has not."""
+    return option._replace(value=list(option.value) if isinstance(option.value, tuple) else option.value)
+
+
+@pytest.mark.parametrize("word", ["seed=3", "model=nothing", "model='opt'", "task=sft task=dpo", "model.nothing=3"])
+def test_help_with_other_words_is_composed(word, monkeypatch):
+    composed = []
+    monkeypatch.setattr("sheeprlhf.config.compose.compose_for_help", lambda *of: composed.append(of))
+    configuration_for_help("train", word.split(), None)
+    assert len(composed) == 1
 
 
 def test_the_shell_completes_behind_the_command(capsys, monkeypatch):

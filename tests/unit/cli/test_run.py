@@ -298,6 +298,23 @@ def test_help_and_errors_are_quick_and_light(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+WITHOUT_HYDRA = (
+    *("--help", "train --help", "eval task=rouge --help", "doctor model=opt --help", "pipeline --help"),
+    *("trian task=sft", "train --epochs 3"),
+)
+
+
+def test_help_and_wrong_commands_import_no_hydra(tmp_path):
+    program = PROGRAM.replace(repr([*QUICK]), repr([*WITHOUT_HYDRA])).replace(repr(HEAVY), "('hydra', 'omegaconf')")
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
+    )
+    answers = json.loads(done.stderr.splitlines()[-1])
+    assert {line: (code, heavy) for line, (code, _, heavy) in answers.items()} == {
+        line: (0 if line.endswith("--help") else 2, []) for line in WITHOUT_HYDRA
+    }
+
+
 COUNT_CALLS = """
 import cProfile, sys
 from contextlib import suppress
@@ -313,8 +330,8 @@ print("calls", sum(entry.callcount for entry in profile.getstats()))
     ("line", "limit"),
     [
         ("train task=sft optim.lrx=3", 1_400_000),  # about 1,050,000; 1,860,000 with the configurations of all choices
-        ("train --help", 1_900_000),  # about 1,440,000; 2,750,000 with two compositions and all recipes
-        ("pipeline --help", 1_200_000),  # about 860,000
+        ("train --help", 900_000),  # about 630,000; 1,440,000 with Hydra
+        ("pipeline --help", 450_000),  # about 280,000; 860,000 with Hydra
     ],
 )
 def test_help_and_errors_call_few_functions(line, limit):

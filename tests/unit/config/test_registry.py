@@ -11,18 +11,18 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from sheeprlhf.apps.pipeline import check_stages
-from sheeprlhf.config.compose import configs_directory
-from sheeprlhf.config.overrides import catalogue
+from sheeprlhf.config.compose import register_configs
+from sheeprlhf.config.option_lookup import catalogue
 from sheeprlhf.config.pipeline import stages_of
 from sheeprlhf.config.registry import (
     ROOTS,
     choices,
     config_hash,
     config_to_dict,
+    configs_directory,
     from_dict,
     groups,
     options,
-    register_configs,
     to_typed,
 )
 from sheeprlhf.config.validate import parse_devices, parse_targets, validate

@@ -10,8 +10,8 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sheeprlhf.apps.arguments import parse_args
+from sheeprlhf.config.command_words import changed_words, command, hydra_value, option_word, shell_word
 from sheeprlhf.config.compose import Source, check, compose_job
-from sheeprlhf.config.overrides import changed_words, command, hydra_value, option_word, shell_word
 from sheeprlhf.config.registry import config_to_dict
 from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.structure.data import DocstringsConfig, LocalDataConfig

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.config import validate as rules
-from sheeprlhf.config.overrides import catalogue
+from sheeprlhf.config.option_lookup import catalogue
 from sheeprlhf.config.registry import groups
 from sheeprlhf.config.run_lookup import REWARD_MODEL, START, links_of, resolve_runs
 from sheeprlhf.config.validate import validate

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from tensorboard.plugin_util import markdown_to_safe_html
 
-from sheeprlhf.config.overrides import catalogue
+from sheeprlhf.config.option_lookup import catalogue
 from sheeprlhf.security.redaction import code_block, is_secret_value, plain_text, redact, redact_command, redact_text
 
 LETTERS = f"{ascii_letters}{digits}"
