@@ -31,6 +31,7 @@ FOUR = ("fabric.strategy=fsdp2", "fabric.devices=4")
 TENSOR = "fabric.tensor_parallel=2"
 SPREAD = "reward.path=tests.support.rewards:spread"
 ONE_ROW = ("task.micro_batch_size=1",)  # ranks have different numbers of forward passes
+BF16 = "fabric.precision=bf16-mixed"  # the same micro-batches have the same rounding
 SAVED = ("task.save_interval=2",)
 EVERYTHING = ("task.share_trunk=true", "task.ptx_coeff=0.5", "task.ptx_batch_size=3", "task.ema_decay=0.8")
 
@@ -38,6 +39,7 @@ EVERYTHING = ("task.share_trunk=true", "task.ptx_coeff=0.5", "task.ptx_batch_siz
 class Case(NamedTuple):
     """A task, options of both runs, those of the run on several processes, its reward run, and the tolerance.
 
+    If the options of both runs shard the weights, the one process is a group of its own.
     With `resumed`, several processes go on from that step of one process, or of the case `source` on several.
     """
 
@@ -62,7 +64,9 @@ CASES = {
     "dpo": Case("dpo", own=(*FSDP2, *ONE_ROW)),
     "dpo lora": Case("dpo", LORA),
     "dpo lora ddp": Case("dpo", LORA, DDP),
-    "dpo bf16": Case("dpo", own=(*FSDP2, "fabric.precision=bf16-mixed"), tolerance=0.05),
+    "dpo bf16": Case("dpo", (BF16,), FSDP2, tolerance=0.05),
+    "dpo bf16 ddp": Case("dpo", (BF16, *ONE_ROW), DDP),
+    "dpo bf16 sharded": Case("dpo", (BF16, *ONE_ROW, "fabric.strategy=fsdp2"), ("fabric.devices=2",)),
     "dpo offload": Case("dpo", own=(*FSDP2, "fabric.offload=cpu")),
     "dpo replicas": Case("dpo", own=(*FSDP2, "fabric.replicas=2")),
     "dpo four replicas": Case("dpo", own=(*FOUR, "fabric.replicas=2")),
@@ -73,7 +77,7 @@ CASES = {
     "grpo tensor": Case("grpo", own=(*FSDP2, TENSOR)),
     "ppo tensor": Case("ppo", own=(*FSDP2, TENSOR), reward="rm"),
     "dpo tensor offload": Case("dpo", own=(*FSDP2, TENSOR, "fabric.offload=cpu")),
-    "dpo tensor bf16": Case("dpo", own=(*FSDP2, TENSOR, "fabric.precision=bf16-mixed"), tolerance=0.05),
+    "dpo tensor bf16": Case("dpo", own=(*FSDP2, TENSOR, BF16), tolerance=0.05),
     "sft tensor resumed": Case("sft", SAVED, (*FSDP2, TENSOR, "resume=true"), resumed=2),
     "sft saved": Case("sft", SAVED),
     "sft by two then four": Case("sft", SAVED, own=(*FOUR, "resume=true"), resumed=2, source="sft saved"),
@@ -173,16 +177,21 @@ def words_of(name: str, folder: Path, target: Path) -> list[str]:
         words += ["reward=model", f"task.rm_experiment_dir={folder / 'one' / reward}"]
     elif sampled:
         words.append(f"task.teacher={folder / 'teacher'}" if task == "distill" else SPREAD)
+    if BF16 in extra:  # another run's reference has other rounding
+        words.append(f"data.cache_dir={folder / 'caches' / target.parent.name / name}")
     return [*words, *extra]
 
 
-def run_all(_: Any, folder: Path, names: list[str]) -> None:
-    """All ranks: every case and evaluation."""
+def run_all(_: Any, folder: Path, names: list[str], place: str = "two") -> None:
+    """All ranks: every case and evaluation, with the options of several processes if `place` is "two"."""
     for name in names:
-        target = folder / "two" / name
+        target = folder / place / name
         verb, *words = words_of(name, folder, target)
-        words += CASES[name].own if name in CASES else EVALUATIONS[name][2]
-        config = compose(verb, words + [f"data.cache_dir={folder / 'cache'}"] * (verb == "train")).config
+        if place == "two":
+            words += CASES[name].own if name in CASES else EVALUATIONS[name][2]
+        if verb == "train" and not any(word.startswith("data.cache_dir=") for word in words):
+            words.append(f"data.cache_dir={folder / 'cache'}")
+        config = compose(verb, words).config
         fabric = make_fabric(config.fabric)
         fabric.launch()
         if verb == "train" and fabric.is_global_zero:
@@ -214,7 +223,10 @@ def folder_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
             needed |= {EVALUATIONS[one][0] for one in names if one in EVALUATIONS}
             needed |= {"rm lora"} if any(one.startswith("reward") for one in names) else set()
             for one in (one for one in CASES if one in names or one in needed):
-                run(words_of(one, folder, folder / "one" / one))
+                if "fabric.strategy=fsdp2" in CASES[one].words:
+                    on_ranks(1, run_all, folder, [one], "one", timeout=3600)
+                else:
+                    run(words_of(one, folder, folder / "one" / one))
             for one in (one for one in names if one in EVALUATIONS):
                 for place in ("two", "evaluated"):
                     shutil.copytree(folder / "one" / EVALUATIONS[one][0], folder / place / one)
