@@ -1,8 +1,9 @@
 """`show` and `--help`: commands, choices and recipes with their options, read from the configuration itself."""
 
+import re
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby, repeat
+from itertools import dropwhile, groupby, repeat, takewhile
 from typing import Any
 
 import yaml
@@ -75,10 +76,13 @@ def stages_of_recipe(name: str) -> dict[str, str]:
 
 
 def recipe_meaning(name: str) -> str:
-    """The recipe's first comment, where it is one of ours."""
+    """The first sentence of the recipe's first comment, where it is one of ours."""
     path = configs_directory() / "experiment" / f"{name}.yaml"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return next((line[1:].strip() for line in lines if line.startswith("# ") and "@package" not in line), "a recipe")
+    first = dropwhile(lambda line: not line.startswith("# ") or "@package" in line, lines)
+    comment = " ".join(line[1:].strip() for line in takewhile(lambda line: line.startswith("# "), first))
+    sentence = re.match(r".{20,}?\.(?= |$)|.+", comment)  # "Dr. GRPO" is no sentence
+    return sentence[0] if sentence else "a recipe"
 
 
 def recipe_content(name: str) -> tuple[dict[str, str], dict[str, Any]]:

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from sheeprlhf.apps.arguments import VERBS
-from sheeprlhf.apps.show import configuration_for_help, default_choices, recipe_names
+from sheeprlhf.apps.show import configuration_for_help, default_choices, recipe_meaning, recipe_names
 from sheeprlhf.cli import run
 from sheeprlhf.config.compose import Source, compose_for_help
 from sheeprlhf.config.registry import ROOTS, choices, configs_directory, groups, options
@@ -159,3 +159,11 @@ def test_the_shell_completes_behind_the_command(capsys, monkeypatch):
     monkeypatch.setenv("COMP_LINE", "sheeprlhf train task=sft model=sm")
     run(["-sc", "query=bash"])
     assert "model=smollm2" in capsys.readouterr().out
+
+
+def test_a_recipe_is_described_by_a_whole_sentence() -> None:
+    meanings = {name: recipe_meaning(name) for name in recipe_names("")}
+    assert [name for name, meaning in meanings.items() if not meaning.endswith(".")] == []
+    assert meanings["iterated_docstrings"].endswith("on the embedded model and data.")
+    assert "data.train_file=<your file>" in meanings["pretrain_tiny"]
+    assert meanings["dr_grpo_published"].startswith("Dr. GRPO (")
