@@ -84,7 +84,8 @@ def test_a_sweep_makes_one_run_of_each_and_leaves_no_file_of_hydra(calls, tmp_pa
     assert "seed=2" in calls[1][2]
     assert "--multirun" not in calls[1][2]
     assert not list(tmp_path.rglob("*.yaml"))
-    assert {path.name for path in tmp_path.iterdir()} == {"logs"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {name for name in left if not name.startswith("torchinductor_")} == {"logs"}  # torch's, where first imported
 
 
 def test_a_failed_job_does_not_end_the_sweep_but_its_exit_code_counts(calls, capsys):
