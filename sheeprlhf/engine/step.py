@@ -6,6 +6,7 @@ result: every micro-batch contributes a sum, and the step divides by the number 
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,9 @@ from sheeprlhf.engine.shard import (
     sum_of_rows,
     whole,
 )
+from sheeprlhf.model.embedding import row_gradients
 from sheeprlhf.utils.errors import DataError, NonFiniteError
-from sheeprlhf.utils.lightning import Fabric, _FabricModule, gather_objects
+from sheeprlhf.utils.lightning import Fabric, SingleDeviceStrategy, _FabricModule, gather_objects
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode, forward_of_zero, isolated_rng
 
@@ -146,17 +148,19 @@ def _passes(
     scale = weight * len(items_of_rank) / num_items  # the gradient sync averages over ranks
     sharded = is_sharded(module)
     passes = same_number(fabric, micro_batches, num_of_rank) if sharded else micro_batches
-    for index, micro in enumerate(passes):
-        counts = index < len(micro_batches)
-        # forward too: the wrapper decides in its forward whether this backward synchronises
-        with fabric.no_backward_sync(module, enabled=index + 1 < len(passes)):
-            with phase("forward pass"):
-                output = loss_fn(module, fabric.to_device(micro.batch))
-            with phase("backward pass"):
-                fabric.backward(output.total * (scale if counts else 0.0))
-        if counts:
-            totals.append(output.total.detach())
-            _accumulate(sums, output)
+    one_cpu = isinstance(fabric.strategy, SingleDeviceStrategy) and fabric.device.type == "cpu"
+    with row_gradients(module) if one_cpu else nullcontext():
+        for index, micro in enumerate(passes):
+            counts = index < len(micro_batches)
+            # forward too: the wrapper decides in its forward whether this backward synchronises
+            with fabric.no_backward_sync(module, enabled=index + 1 < len(passes)):
+                with phase("forward pass"):
+                    output = loss_fn(module, fabric.to_device(micro.batch))
+                with phase("backward pass"):
+                    fabric.backward(output.total * (scale if counts else 0.0))
+            if counts:
+                totals.append(output.total.detach())
+                _accumulate(sums, output)
     if not passes:
         with forward_of_zero(module.module):
             fabric.backward(module(torch.zeros((), device=fabric.device)))

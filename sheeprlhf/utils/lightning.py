@@ -25,6 +25,7 @@ __all__ = [
     "MisconfigurationException",
     "ModelParallelStrategy",
     "RankGroup",
+    "SingleDeviceStrategy",
     "_FabricModule",
     "gather_objects",
     "is_wrapped",
@@ -54,7 +55,7 @@ def _fabric_alone() -> Iterator[None]:
 with _fabric_alone():
     from lightning.fabric import Fabric
     from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
-    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
     from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver as ChildProcessObserver
     from lightning.fabric.utilities import move_data_to_device
     from lightning.fabric.utilities.exceptions import MisconfigurationException
