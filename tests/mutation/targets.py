@@ -49,8 +49,11 @@ WITHOUT_SURVIVORS = [name for name in TARGETS if name.startswith("sheeprlhf.loss
     "sheeprlhf.task.loop:Iteration",
     "sheeprlhf.task.train.distill:distill_loss",
     "sheeprlhf.task.train.ilql:ilql_loss",
+    "sheeprlhf.task.train.prm:prm_loss",
     "sheeprlhf.task.train.reinforce_pp:reinforce_pp_loss",
     "sheeprlhf.task.train.reinforce_pp:with_advantages",
+    "sheeprlhf.task.train.rm:rm_loss",
+    "sheeprlhf.task.train.sft:sft_loss",
 ]
 
 EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reason, and the changes
