@@ -5,6 +5,7 @@ Hydra's parser, which decides about quotes, is imported by the first text: most 
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sheeprlhf.config.registry import options
@@ -13,7 +14,8 @@ from sheeprlhf.structure.option import Config
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-PROGRAM = ("python", "sheeprlhf.py")
+# a checkout has the file; a wheel has the script that pip installs
+PROGRAM = ("python", "sheeprlhf.py") if (Path(__file__).parents[2] / "sheeprlhf.py").is_file() else ("sheeprlhf",)
 
 
 def command(words: Iterable[str]) -> str:

@@ -94,11 +94,13 @@ PROGRAM = """
 import json, sheeprlhf
 from sheeprlhf.cli import run
 from pathlib import Path
+from sheeprlhf.config.command_words import command
 from sheeprlhf.config.registry import configs_directory
 from sheeprlhf.utils.home import embedded_folder
 places = Path(sheeprlhf.__file__).parent, configs_directory(), embedded_folder("embedded:tiny")
 run(["train", "task=sft", "dry_run=true"])
 run(["list"])
+print(command(["eval", "task=perplexity"]))
 print(json.dumps([str(place) for place in places]))
 """
 
@@ -180,7 +182,7 @@ def test_installed_it_trains_and_lists_from_anywhere(wheel: Path, tmp_path: Path
         return done.stdout
 
     packages = next((tmp_path / "venv").resolve().glob("lib/python*/site-packages"))
-    *listed, places = call(str(programs / "python"), "-c", PROGRAM).splitlines()
+    *listed, following, places = call(str(programs / "python"), "-c", PROGRAM).splitlines()
     names = ("sheeprlhf", "sheeprlhf/configs", "sheeprlhf/assets/tiny")
     assert json.loads(places) == [str(packages / name) for name in names]
 
@@ -188,5 +190,6 @@ def test_installed_it_trains_and_lists_from_anywhere(wheel: Path, tmp_path: Path
     assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
     for name in ("sft", "smollm2", "docstrings", "pretrain_tiny", run_dir.parent.name):
         assert any(name in line for line in listed), name
+    assert following == "sheeprlhf eval task=perplexity"  # the script: there is no sheeprlhf.py
     assert "train" in call(str(programs / "sheeprlhf"), "--help")
     assert {path.name for path in elsewhere.iterdir()} == {"logs"}
