@@ -54,7 +54,7 @@ Shape = tuple[tuple[str, type], ...]  # names of a row's columns, with the types
 
 
 class _Reading(NamedTuple):
-    """How the rows of one shape are read."""
+    """The columns that are read of rows of one shape."""
 
     sources: Sources  # columns that make texts of other names
     as_named: frozenset[str]  # columns that are read under their own names
@@ -141,7 +141,7 @@ class RowLayout:
             raise DataError(f"data.columns names {printable(unseen)}, which no row has; the rows have {has}")
 
     def _reading_of(self, shape: Shape) -> _Reading:
-        """How rows of one shape are read. Raises DataError if columns could mean several things."""
+        """The columns to read of rows of one shape. Raises DataError if columns could mean several things."""
         names = [name for name, _ in shape]
         has = {name for name, kind in shape if kind is not NoneType}
         sources = self._sources(names, has) if self._own_files else {}
@@ -279,7 +279,7 @@ def _shape(values: Mapping[str, Any]) -> Shape:
 
 
 def _layout_of(row: Mapping[str, Any]) -> str:
-    """What a row holds."""
+    """A row's kind of data, for the report."""
     has = {name for name, value in row.items() if value is not None}
     if has & {"chosen", "rejected", "rejected_response"}:
         return "preference" if has & {"prompt", *CONVERSATION_COLUMNS} else "preference, implicit prompt"
