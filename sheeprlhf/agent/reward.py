@@ -15,8 +15,9 @@ from sheeprlhf.agent.batches import choose_packed
 from sheeprlhf.agent.policy import Policy, hidden_at_head
 from sheeprlhf.data.example import Batch
 from sheeprlhf.model.adapter import adapter_in_use, add_lora, load_lora, save_model
+from sheeprlhf.model.folder.account import HEAD
 from sheeprlhf.model.folder.load import load_causal_lm, scalar_model
-from sheeprlhf.model.folder.weights import HEAD, read_score_bias
+from sheeprlhf.model.folder.weights import read_score_bias
 from sheeprlhf.model.lm_head import backbone_and_head, head_logprobs, head_scores
 from sheeprlhf.model.memory import freeze_layers
 from sheeprlhf.security.model_folder import read_json

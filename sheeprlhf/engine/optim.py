@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from sheeprlhf.model.folder.weights import drop_placeholders
+from sheeprlhf.model.folder.file_parameters import drop_placeholders
 from sheeprlhf.structure.run import AdamConfig, AdamW8bitConfig, AdamWConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.lightning import Fabric, ModelParallelStrategy, _FabricModule

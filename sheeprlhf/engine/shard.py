@@ -37,7 +37,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 
 from sheeprlhf.engine.ranks import JoiningModelParallel, meshes_of
-from sheeprlhf.model.folder.weights import drop_placeholders
+from sheeprlhf.model.folder.file_parameters import drop_placeholders
 from sheeprlhf.structure.run import FabricConfig
 from sheeprlhf.utils.errors import ConfigError, ModelError
 from sheeprlhf.utils.lightning import Fabric, ModelParallelStrategy, gather_objects

@@ -35,7 +35,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sheeprlhf.config.validate import is_pattern, parse_targets
-from sheeprlhf.model.folder.weights import HEAD, base_of, dequantize, quantization_of, saved_dtype, trained_rows
+from sheeprlhf.model.folder.account import HEAD
+from sheeprlhf.model.folder.embedding_rows import base_of, trained_rows
+from sheeprlhf.model.folder.quantize import dequantize, quantization_of
+from sheeprlhf.model.folder.weights import saved_dtype
 from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.security.json_records import Range, type_problems
 from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS, read_json, tensors_of

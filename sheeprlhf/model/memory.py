@@ -37,9 +37,10 @@ from transformers import PreTrainedModel
 
 from sheeprlhf.model.adapter import add_lora, with_adapter
 from sheeprlhf.model.attention import placeholder_mask
+from sheeprlhf.model.folder.account import HEAD
 from sheeprlhf.model.folder.architecture import packing_limit
 from sheeprlhf.model.folder.load import load_causal_lm, with_score_head
-from sheeprlhf.model.folder.weights import HEAD, check_quantizable, quantized_savings
+from sheeprlhf.model.folder.quantize import check_quantizable, quantized_savings
 from sheeprlhf.model.lm_head import MAX_LOGITS, backbone_and_head
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import AdamW8bitConfig, OptimizerConfig, SGDConfig

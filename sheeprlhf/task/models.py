@@ -53,9 +53,10 @@ from sheeprlhf.model.adapter import (
     merge_lora,
     with_adapter,
 )
+from sheeprlhf.model.folder.account import HEAD
 from sheeprlhf.model.folder.architecture import configured_router_loss
 from sheeprlhf.model.folder.load import load_tokenizer, model_of_start, scalar_model
-from sheeprlhf.model.folder.weights import HEAD, quantize
+from sheeprlhf.model.folder.quantize import quantize
 from sheeprlhf.model.memory import freeze_layers
 from sheeprlhf.reward.score import check_columns, state_warnings, wanted_columns
 from sheeprlhf.rollout.engines import StopStrings

@@ -23,7 +23,7 @@ from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.shard import equal_passes, place, sum_of_rows
 from sheeprlhf.engine.step import MicroBatch
-from sheeprlhf.model.folder.weights import weights_digest
+from sheeprlhf.model.folder.file_parameters import weights_digest
 from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS
 from sheeprlhf.security.pickled_weights import adapter_folder

@@ -21,8 +21,9 @@ from sheeprlhf.data.tokenize import turn_texts
 from sheeprlhf.engine.shard import tensor_plan
 from sheeprlhf.model.adapter import check_adapters, conflicting_options, read_adapter_config
 from sheeprlhf.model.folder.architecture import packing_limit, switch_length
+from sheeprlhf.model.folder.embedding_rows import check_vocabulary
 from sheeprlhf.model.folder.load import load_tokenizer, model_of_start, scalar_model
-from sheeprlhf.model.folder.weights import check_vocabulary, check_weights
+from sheeprlhf.model.folder.weights import check_weights
 from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.model.memory import build_on_meta
 from sheeprlhf.security.pickled_weights import adapter_folder

@@ -22,18 +22,11 @@ from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.config.path_checks import is_template_file
 from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.model.attention import register, use_packed_attention
+from sheeprlhf.model.folder.account import HEAD
 from sheeprlhf.model.folder.architecture import use_frequencies_of_rows
-from sheeprlhf.model.folder.weights import (
-    HEAD,
-    add_rows,
-    find_files,
-    find_weights,
-    from_checked_files,
-    keep_quantization,
-    read_config,
-    read_model,
-    too_few_rows,
-)
+from sheeprlhf.model.folder.embedding_rows import add_rows, too_few_rows
+from sheeprlhf.model.folder.quantize import keep_quantization
+from sheeprlhf.model.folder.weights import find_files, find_weights, from_checked_files, read_config, read_model
 from sheeprlhf.model.lm_head import backbone_and_head
 from sheeprlhf.model.rms_norm import replace_rms_norms
 from sheeprlhf.security.model_folder import MAX_TEMPLATE, check_templates, read_json

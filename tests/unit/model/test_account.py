@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from sheeprlhf.agent.reward import load_reward_model
 from sheeprlhf.data.example import Example, collate_padded
+from sheeprlhf.model.folder.file_parameters import FileParameter, content, drop_placeholders
 from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
-from sheeprlhf.model.folder.weights import FileParameter, check_weights, content, drop_placeholders
+from sheeprlhf.model.folder.weights import check_weights
 from sheeprlhf.structure.model import AutoModelConfig, HuggingFaceConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from tests.support.models import PAD, VOCAB, byte_tokenizer, make_model_folder

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.config.path_checks import model_problem
 from sheeprlhf.model.adapter import add_lora, load_lora, merge_lora
+from sheeprlhf.model.folder.account import HEAD
 from sheeprlhf.model.folder.load import load_causal_lm, with_score_head
-from sheeprlhf.model.folder.weights import HEAD
 from sheeprlhf.security.model_folder import MERGED
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError

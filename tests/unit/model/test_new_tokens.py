@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.model.adapter import load_lora, merge_lora
+from sheeprlhf.model.folder.embedding_rows import trained_rows
 from sheeprlhf.model.folder.load import load_tokenizer
-from sheeprlhf.model.folder.weights import trained_rows
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.vocabulary import missing_tokens

@@ -18,7 +18,7 @@ from sheeprlhf.agent.reward import reward_model_of
 from sheeprlhf.data.example import collate_packed
 from sheeprlhf.model.adapter import CRITIC, adapters_off, add_lora, add_second_adapter, lora_config, merge_lora
 from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
-from sheeprlhf.model.folder.weights import dequantize, quantization_of, quantize
+from sheeprlhf.model.folder.quantize import dequantize, quantization_of, quantize
 from sheeprlhf.model.memory import build_on_meta, measure
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError

@@ -17,8 +17,8 @@ from sheeprlhf.agent.policy import load_policy, reference_of
 from sheeprlhf.agent.reward import reward_model_of
 from sheeprlhf.data.example import Example
 from sheeprlhf.engine.fabric import make_fabric
+from sheeprlhf.model.folder.account import HEAD
 from sheeprlhf.model.folder.load import load_tokenizer
-from sheeprlhf.model.folder.weights import HEAD
 from sheeprlhf.rollout.rollout import (
     Rollout,
     RolloutCollector,

@@ -21,8 +21,8 @@ from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.step import add_gradients, update
 from sheeprlhf.model.attention import PACKED, register
+from sheeprlhf.model.folder.account import HEAD
 from sheeprlhf.model.folder.load import scalar_model
-from sheeprlhf.model.folder.weights import HEAD
 from sheeprlhf.model.lm_head import backbone_and_head
 from sheeprlhf.rollout.rollout import Rollout, token_values
 from sheeprlhf.structure.rollout import PPOConfig, ReinforcePPConfig

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.data.example import collate_packed
 from sheeprlhf.engine.step import LossOutput, MicroBatch
+from sheeprlhf.model.folder.file_parameters import weights_digest
 from sheeprlhf.model.folder.load import load_tokenizer
-from sheeprlhf.model.folder.weights import weights_digest
 from sheeprlhf.structure.model import AutoModelConfig, LORAConfig, ModelConfig
 from sheeprlhf.task.finish import check_reference
 from sheeprlhf.task.reference import reference_key, reference_logprobs, sum_by_response

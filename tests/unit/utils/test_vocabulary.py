@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from sheeprlhf.agent.policy import Policy, load_policy, reference_of
 from sheeprlhf.agent.reward import load_reward_model, reward_model_of
 from sheeprlhf.data.example import Example, collate_packed, collate_padded
+from sheeprlhf.model.folder.embedding_rows import check_vocabulary
 from sheeprlhf.model.folder.load import load_tokenizer
-from sheeprlhf.model.folder.weights import check_vocabulary
 from sheeprlhf.model.lm_head import head_logprobs
 from sheeprlhf.rollout.engines import generate_ids, stream_ids
 from sheeprlhf.rollout.sampler import engine_of, sample_responses
