@@ -15,7 +15,6 @@ from concurrent.futures import Future
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from threading import Thread
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -43,6 +42,7 @@ from sheeprlhf.utils.errors import CheckpointError, Notify, RecordError, UnsafeP
 from sheeprlhf.utils.lightning import Fabric, RankGroup, gather_objects, is_wrapped
 from sheeprlhf.utils.modes import rng_state, set_rng_state
 from sheeprlhf.utils.output import create_file, make_folder, safe_path, sweep_scratch
+from sheeprlhf.utils.processes import in_thread
 
 T = TypeVar("T")
 STATE_FILE = "state.json"
@@ -110,21 +110,18 @@ class BackgroundSaver:
         if pending is not None:
             pending.result()
 
-    def start(self, files: Values, save: Callable[[RankGroup, Values], None]) -> None:
+    def start(self, files: Mapping[str, Mapping[str, Tensor]], save: Callable[[RankGroup, Values], None]) -> None:
         """All ranks, when none is pending: call `save` in a thread with copies of the tensors that this rank writes."""
         values: dict[str, dict[str, Part]] = {}
         for file, tensors in files.items():
             values[file] = {}
-            for name, value in tensors.items():
-                part = part_of(value) if isinstance(value, DTensor) else value
-                if not isinstance(part, Part):
-                    assert isinstance(part, Tensor)
-                    part = Part((), part.detach(), self._ranks.is_global_zero)
+            for name, tensor in tensors.items():
+                is_cut = isinstance(tensor, DTensor)
+                part = part_of(tensor) if is_cut else Part((), tensor.detach(), self._ranks.is_global_zero)
+                assert part is not None  # `can_save_in_background`
                 if part.owns:
                     values[file][name] = part._replace(local=self._copy((file, name), part.local))
-        self._pending = Future()
-        work = partial(_settle, self._pending, partial(save, self._ranks, values))
-        Thread(target=work, name="checkpoint", daemon=True).start()
+        self._pending = in_thread(partial(save, self._ranks, values))
 
     def _copy(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
         kept = self._copies.get(key)
@@ -132,15 +129,6 @@ class BackgroundSaver:
             kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._copies[key] = kept
         return kept.copy_(tensor)
-
-
-def _settle(future: Future[None], work: Callable[[], None]) -> None:
-    try:
-        work()
-    except BaseException as error:
-        future.set_exception(error)
-    else:
-        future.set_result(None)
 
 
 def can_save_in_background(fabric: Fabric, run_dir: Path, module: nn.Module) -> bool:

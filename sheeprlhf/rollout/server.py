@@ -17,7 +17,7 @@ import re
 import secrets
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
@@ -65,10 +65,11 @@ from sheeprlhf.utils.output import (
     writing_errors,
     written_folder,
 )
+from sheeprlhf.utils.processes import in_thread
 
 ADAPTER = "sheeprlhf-policy"  # name of the policy's adapter on the servers
 SPEED = "rollout/server_tokens_per_second"  # a metric for each server, with its number in rollout.urls from 1
-_IN_FLIGHT = 64  # prompts that a server answers at a time
+_IN_FLIGHT = 64  # most prompts that a server answers at a time
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 15.0  # seconds before servers are asked again, doubled each time
 _MAX_FAILED_LOADS = 3  # a server that cannot load the weights so many times has another model
 _NO_BIAS = -100.0  # the lowest that vLLM takes: a probability below 1e-43
@@ -371,24 +372,25 @@ class RolloutServers:
         pause, limit, since, said = _FIRST_WAIT, self._options.timeout, time.monotonic(), ""
         with tqdm(total=uniforms[..., 0].size, desc="sampling", leave=False, disable=None) as bar:
 
-            async def ask(url: str, rows: list[int]) -> None:
-                gate, began = asyncio.Semaphore(_IN_FLIGHT), time.monotonic()
+            async def ask(url: str, rows: deque[int], at_a_time: int) -> None:
+                """Ask a server for some of the rows at a time, and for the next one after each answer."""
+                began = time.monotonic()
 
-                async def one(server: httpx.AsyncClient, row: int) -> None:
-                    async with gate:
-                        if url in failed:
-                            return
+                async def next_rows() -> None:
+                    while rows and url not in failed:
+                        row = rows.popleft()
                         try:
                             sampled = await self._ask(server, url, prompts[row], uniforms[row])
-                            found[row] = sampled, url
-                            tokens[url] += sum(map(len, sampled.responses))
-                            bar.update(uniforms.shape[1])
                         except UnavailableError as error:
                             failed[url] = str(error)
+                            return
+                        found[row] = sampled, url
+                        tokens[url] += sum(map(len, sampled.responses))
+                        bar.update(uniforms.shape[1])
 
                 async with client(url, limit) as server, asyncio.TaskGroup() as group:
-                    for row in rows:
-                        group.create_task(one(server, row))
+                    for _ in range(at_a_time):
+                        group.create_task(next_rows())
                 seconds[url] += time.monotonic() - began
 
             while len(found) < len(prompts):
@@ -396,9 +398,10 @@ class RolloutServers:
                 ready = [url for url, reason in zip(self._urls, states, strict=True) if reason is None]
                 ready = [url for url in ready if url not in failed] or ready
                 failed = {url: reason for url, reason in zip(self._urls, states, strict=True) if reason is not None}
-                todo, before = [row for row in range(len(prompts)) if row not in found], len(found)
+                todo, before = deque(row for row in range(len(prompts)) if row not in found), len(found)
+                at_a_time = min(_IN_FLIGHT, -(-len(todo) // max(len(ready), 1)))
                 try:
-                    await asyncio.gather(*(ask(url, todo[start :: len(ready)]) for start, url in enumerate(ready)))
+                    await asyncio.gather(*(ask(url, todo, at_a_time) for url in ready))
                 except BaseExceptionGroup as errors:
                     raise _first(errors) from None
                 if len(found) == len(prompts):
@@ -425,8 +428,9 @@ class RolloutServers:
         try:
             async with client(url, self._options.timeout) as server:
                 info = await call(server, "GET", f"{url}/weight_info", seconds=self._check_seconds)
-                if info.get("weight_version") != self._version:
-                    await self._load(server, url)
+                version = str(info.get("weight_version"))
+                if version != self._version:
+                    await self._load(server, url, is_known=version.startswith(f"{self._run}-"))
         except UnavailableError as error:
             return str(error)
         self._failed_loads[url] = 0
@@ -436,16 +440,16 @@ class RolloutServers:
     def _check_seconds(self) -> float:
         return min(SECONDS_OF_CHECK, self._options.timeout)
 
-    async def _load(self, server: httpx.AsyncClient, url: str) -> None:
-        """Let a server load the newest weights, then name their version."""
+    async def _load(self, server: httpx.AsyncClient, url: str, *, is_known: bool) -> None:
+        """Let a server load the newest weights, then name their version; one that is known has earlier ones of ours."""
         post = partial(self._post, server, url)
         if not self._of_adapter and self._is_tied:
             await self._check_head(server, url)
         await post("/pause?mode=abort")
         try:
             if self._options.sync == "nccl":
-                await self._transfer(server, url)
-            elif not self._of_adapter or not await self._has_base(server, url):
+                await self._transfer(server, url, is_known=is_known)
+            elif not self._of_adapter or not is_known:
                 weights = {"weights_path": str(self._folder / "policy")}
                 await post("/collective_rpc", {"method": "reload_weights", "kwargs": weights})
             if self._of_adapter:
@@ -477,7 +481,7 @@ class RolloutServers:
     async def _post(self, server: httpx.AsyncClient, url: str, path: str, body: dict[str, Any] | None = None) -> None:
         await call(server, "POST", f"{url}{path}", body, seconds=self._options.timeout)
 
-    async def _transfer(self, server: httpx.AsyncClient, url: str) -> None:
+    async def _transfer(self, server: httpx.AsyncClient, url: str, *, is_known: bool) -> None:
         """Send the newest weights to a server by NCCL; one that was started again joins a new group first.
 
         Raises:
@@ -487,16 +491,7 @@ class RolloutServers:
 
         async def together(path: str, body: dict[str, Any], work: Callable[[], None]) -> None:
             """Send a request, and do meanwhile what makes the server answer it."""
-            done = Future[None]()
-
-            def run() -> None:
-                try:
-                    work()
-                    done.set_result(None)
-                except BaseException as error:
-                    done.set_exception(error)
-
-            threading.Thread(target=run, daemon=True).start()  # the process can end while NCCL waits for a dead server
+            done = in_thread(work)  # the process can end while NCCL waits for a dead server
             try:
                 async with asyncio.timeout(self._options.timeout):
                     await asyncio.gather(post(path, body), asyncio.wrap_future(done))
@@ -505,8 +500,8 @@ class RolloutServers:
             except (TimeoutError, RuntimeError) as error:  # the latter of torch's NCCL
                 raise UnavailableError(f"NCCL: {describe(error)}") from None
 
-        is_member, transfer = await self._has_base(server, url), self._transfers.pop(url, None)
-        if transfer is None or not is_member:
+        transfer = self._transfers.pop(url, None)
+        if transfer is None or not is_known:
             size = await call(server, "GET", f"{url}/get_world_size", seconds=self._check_seconds)
             transfer = WeightTransfer(int(size.get("world_size", 1)), self._fabric.device)
             await together("/init_weight_transfer_engine", {"init_info": transfer.init_info}, transfer.join)
@@ -528,11 +523,6 @@ class RolloutServers:
                 f"the server {url} has the model's head tied to its embeddings, and would keep the old head: start it "
                 f"with --model {self._folder / 'policy'}, where both are separate, then go on with resume=true"
             )
-
-    async def _has_base(self, server: httpx.AsyncClient, url: str) -> bool:
-        """Return whether a server has had the base of this process's adapters."""
-        info = await call(server, "GET", f"{url}/weight_info", seconds=self._check_seconds)
-        return str(info.get("weight_version")).startswith(f"{self._run}-")
 
     async def _ask(
         self, server: httpx.AsyncClient, url: str, prompt_ids: np.ndarray, uniforms_KN: np.ndarray

@@ -1,4 +1,4 @@
-"""Child processes, which end with their parent; signals; streams that outlive their terminal or a full disk."""
+"""Child processes and threads that end with this one; signals; streams that outlive their terminal or a full disk."""
 
 import ctypes
 import errno
@@ -11,14 +11,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import sheeprlhf
 from sheeprlhf.utils.launchers import OUTPUT_FILE, child_environment
 
+Result = TypeVar("Result")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, signal.SIGUSR2)
 SAVE_SIGNAL = signal.SIGUSR1  # save now and continue
 _SECONDS_TO_PASS_ON = 1.0
@@ -45,6 +47,21 @@ def seconds_since_start() -> float:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError):
         return time.process_time()
+
+
+def in_thread(work: Callable[[], Result]) -> Future[Result]:
+    """Run a function in a thread that does not keep the process alive; the threads of an executor would."""
+    future = Future[Result]()
+    future.set_running_or_notify_cancel()  # nobody who waits can cancel it
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 class BoundToThis:

@@ -273,6 +273,29 @@ def test_a_hanging_server_leaves_its_prompts_to_the_others(tmp_path: Path, model
         assert good.requests.count(GENERATE) == len(PROMPTS) * 3 // 2
 
 
+def test_the_next_prompt_goes_to_the_server_that_is_free(
+    tmp_path: Path,
+    model_folder: ModelFolder,
+    expected: Callable[[bool], list[Sampled]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The slow server's only answer comes when the fast one has been asked for all other prompts."""
+    monkeypatch.setattr(module, "_IN_FLIGHT", 1)
+    folder, good = model_folder(), expected(False)
+    with vllm_server(folder) as fast, vllm_server(folder) as slow:
+
+        def wait_for_the_others(path: str, number: int) -> None:
+            until = time.monotonic() + 20
+            while path == GENERATE and fast.requests.count(GENERATE) < len(PROMPTS) - 1 and time.monotonic() < until:
+                time.sleep(0.01)
+
+        slow.fault = wait_for_the_others
+        client = make_client(folder, tmp_path / "run", [slow, fast])
+        client.change(0)
+        assert same(client.sample(), good)
+        assert [one.requests.count(GENERATE) for one in (slow, fast)] == [1, len(PROMPTS) - 1]
+
+
 def test_a_slow_server_is_reported(tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each answers two prompts: the first server in a second each, then the second in ten seconds each."""
     folder, clock, own = model_folder(), [0.0], RolloutServers._ask
@@ -297,7 +320,7 @@ def test_a_slow_server_is_reported(tmp_path: Path, model_folder: ModelFolder, mo
             assert not client.said
             answered.clear()
             sampled = client.servers.sample(PROMPTS, uniforms, number)
-            tokens = [sum(len(ids) for one in sampled[first::2] for ids in one.responses) for first in (0, 1)]
+            tokens = [sum(len(ids) for one in sampled[at : at + 2] for ids in one.responses) for at in (0, 2)]
             name = "rollout/server_tokens_per_second"
             assert client.servers.speeds == pytest.approx({f"{name}/1": tokens[0] / 2, f"{name}/2": tokens[1] / 22})
         assert len(client.said) == 1 and slow.url in client.said[0] and fast.url not in client.said[0]
