@@ -43,6 +43,20 @@ def words(url: str, *extra: str) -> list[str]:
     return ["rollout=vllm", f"rollout.urls=[{url}]", *size, *extra]
 
 
+# Five rollouts, which are written to parquet files; checkpoints after the second and the fourth.
+FIVE = ["task.max_num_steps=10", "task.save_interval=4", "task.eval_interval=99", "task.save_rollouts=5"]
+
+
+def rollouts(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of every rollout."""
+    return [pq.read_table(path).to_pydict() for path in sorted((run_dir / "rollouts").iterdir())]
+
+
+def kept(run_dir: Path) -> list[str]:
+    """Names of the rollouts that a resumed run will not sample again."""
+    return sorted(path.name for path in (run_dir / "server_rollouts").iterdir() if ".tmp." not in path.name)
+
+
 def test_a_run_stops_without_a_server_and_goes_on_where_it_was(tmp_path: Path, model_folder: ModelFolder) -> None:
     """The second of three rollouts fails; the state after the first is saved, and the end is that of a whole run."""
     model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
@@ -73,10 +87,10 @@ def test_sampling_ahead_weighs_tokens_by_importance(tmp_path: Path, model_folder
         run_dir = train(model, data, tmp_path / "run", *words(server.url, *ahead), task="grpo")
     found = figures(run_dir)
     assert found["rollout/staleness"] == [1.0, 1.0]
-    rollouts = [pq.read_table(path).to_pydict() for path in sorted((run_dir / "rollouts").iterdir())]
-    assert "importance" not in rollouts[0]
+    saved = rollouts(run_dir)
+    assert "importance" not in saved[0]
     for number in (1, 2):
-        rows = rollouts[number]
+        rows = saved[number]
         sampled, logprobs, reference, importance, advantages = (
             [np.array(row) for row in rows[name]]
             for name in ("sampled", "logprobs", "reference", "importance", "advantages")
@@ -87,7 +101,7 @@ def test_sampling_ahead_weighs_tokens_by_importance(tmp_path: Path, model_folder
             np.testing.assert_allclose(weight, np.minimum(np.exp(new - old), 2.0), rtol=1e-5)
             np.testing.assert_allclose(advantage, weight * (advantage / weight).mean(), rtol=1e-4)
         assert found["rollout/importance"][number - 1] == pytest.approx(np.concatenate(importance).mean(), rel=1e-5)
-    assert max(np.abs(np.concatenate(rollouts[1]["importance"]) - 1)) > 1e-3
+    assert max(np.abs(np.concatenate(saved[1]["importance"]) - 1)) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -102,13 +116,7 @@ def test_a_resumed_run_learns_from_the_rollouts_that_were_sampled(
     The resumed run asks for no rollout that was sampled, and its result is that of the whole run.
     """
     model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
-    options = [f"rollout.max_staleness={staleness}", "task.max_num_steps=10", "task.save_interval=4"]
-    options += ["task.eval_interval=99", "optim.lr=1e-2", "task.save_rollouts=5"]
-    options.append(f"task.async_checkpoints={in_background}")
-
-    def rollouts(run_dir: Path) -> list[Any]:
-        return [pq.read_table(path).to_pydict() for path in sorted((run_dir / "rollouts").iterdir())]
-
+    options = [*FIVE, f"rollout.max_staleness={staleness}", "optim.lr=1e-2", f"task.async_checkpoints={in_background}"]
     with vllm_server(model) as server:
         whole = train(model, data, tmp_path / "whole", *words(server.url, *options), task="grpo")
         assert not (whole / "server_rollouts").exists()
@@ -126,8 +134,8 @@ def test_a_resumed_run_learns_from_the_rollouts_that_were_sampled(
         monkeypatch.setattr(RolloutLoop, "update", stopped)
         run_dir = tmp_path / "run"
         assert exit_code(train_words(model, data, run_dir, *words(server.url, *options), task="grpo")) == 1
-        kept = sorted(path.name for path in (run_dir / "server_rollouts").iterdir())
-        assert kept == [f"rollout-{number}" for number in range(0 if in_background else 2, 4 + (staleness > 0))]
+        numbers = range(0 if in_background else 2, 4 + (staleness > 0))
+        assert kept(run_dir) == [f"rollout-{number}" for number in numbers]
         train(model, data, run_dir, *words(server.url, *options, "resume=true"), task="grpo")
         assert server.requests.count(GENERATE) == asked + 1  # the check of the routes at the second start
     assert not (run_dir / "server_rollouts").exists()
@@ -164,13 +172,8 @@ def test_rollouts_sampled_ahead_survive_a_kill(
     The newest checkpoint comes after the second rollout. The resumed run uses the third and the fourth as they are.
     """
     model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
-    options = ["rollout.max_staleness=2", "task.max_num_steps=10", "task.save_interval=4", "task.eval_interval=99"]
-    options += ["optim.lr=1e-2", "task.save_rollouts=5"]
+    options = [*FIVE, "rollout.max_staleness=2", "optim.lr=1e-2"]
     run_dir, fifth = tmp_path / "run", list[int]()
-
-    def rollouts(place: Path) -> list[Any]:
-        return [pq.read_table(path).to_pydict() for path in sorted((place / "rollouts").iterdir())]
-
     with vllm_server(model) as served:
 
         def start(place: Path, *more: str, setup: str = "") -> RanksJob:
@@ -195,8 +198,7 @@ def test_rollouts_sampled_ahead_survive_a_kill(
         job.kill(signal.SIGKILL)
         assert job.wait() == -signal.SIGKILL
         assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-4"]
-        kept = sorted(path.name for path in (run_dir / "server_rollouts").iterdir() if ".tmp." not in path.name)
-        assert kept == ["rollout-2", "rollout-3"]
+        assert kept(run_dir) == ["rollout-2", "rollout-3"]
         served.fault = lambda path, number: None
         served.requests.clear()
         job = start(run_dir, "resume=true")
@@ -319,6 +321,10 @@ class RealServer:
             return httpx.get(f"{self.url}/weight_info", timeout=5, trust_env=False).status_code == 200
         return False
 
+    def asked(self) -> int:
+        """Requests for responses that its log lists."""
+        return self._log.read_text(errors="replace").count(f"POST {GENERATE}")
+
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory, vllm_python: str) -> Iterator[tuple[Path, RealServer]]:
@@ -437,12 +443,12 @@ def test_vllm_is_killed_in_each_phase(
     def counted(name: str) -> None:
         own = getattr(RolloutServers, name)
 
-        def call(*given: Any) -> Any:
+        def call(*given: Any, **more: Any) -> Any:
             calls[name] += 1
             if name == PHASES[phase] and calls[name] == 2:
                 server.kill()
                 server.start()
-            return own(*given)
+            return own(*given, **more)
 
         monkeypatch.setattr(RolloutServers, name, call)
 
@@ -486,3 +492,47 @@ def test_vllm_samples_ahead(lora: list[str], real: tuple[Path, RealServer], tmp_
         f"\nsampled ahead, {'LoRA' if lora else 'full'}: difference {worst:.1e}, weights {found['rollout/importance']}"
     )
     assert worst < 1e-4
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("staleness", "lora"), [(0, []), (1, LORA)])
+def test_the_trainer_is_killed_while_vllm_runs(
+    staleness: int, lora: list[str], real: tuple[Path, RealServer], tmp_path: Path, server: JobServer
+) -> None:
+    """SIGKILL in the updates of the third of five rollouts; the newest checkpoint comes after the second.
+
+    The resumed run asks for no rollout that was sampled, and learns from the same tokens as a run without the kill.
+    The bytes of the weights may differ with sampling ahead: the server's log-probabilities depend on its batches.
+    """
+    folder, vllm = real
+    data, run_dir = write_rows(tmp_path / "rows.jsonl", 60), tmp_path / "run"
+    options = [*FIVE, f"rollout.max_staleness={staleness}", "optim.lr=1e-3", "generation.max_new_tokens=12", *lora]
+
+    def start(place: Path, *more: str, setup: str = "") -> RanksJob:
+        line = train_words(folder, data, place, *words(vllm.url, *options, *more), task="grpo")
+        return server.start_ranks(line, tmp_path / "log", 1, setup)
+
+    job, before = start(tmp_path / "whole"), vllm.asked()
+    assert job.wait(600) == 0, job.text()
+    asked = vllm.asked() - before
+    job = start(run_dir, setup=_WAITS)
+    job.wait_for("in the updates of the third rollout", 600)
+    newest = run_dir / "server_rollouts" / f"rollout-{2 + staleness}"
+    while not newest.exists():
+        assert job.poll() is None, job.text()
+        time.sleep(0.01)
+    job.kill(signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL
+    assert kept(run_dir) == [f"rollout-{number}" for number in range(2, 3 + staleness)]
+    before = vllm.asked()
+    job = start(run_dir, "resume=true")
+    assert job.wait(600) == 0, job.text()
+    not_again = {0: 3, 1: 4 + 3}[staleness]  # rollouts and, with those sampled ahead, checks of the weights
+    assert vllm.asked() - before == asked - not_again * 6
+    for resumed, whole in zip(rollouts(run_dir), rollouts(tmp_path / "whole"), strict=True):
+        assert resumed["response_ids"] == whole["response_ids"]
+    weights = "adapter_model.safetensors" if lora else "model.safetensors"
+    found, expected = (load_file(place / "final" / weights) for place in (run_dir, tmp_path / "whole"))
+    apart = max(float((found[name] - expected[name]).abs().max()) for name in expected)
+    print(f"\ntrainer killed, max_staleness={staleness}, {'LoRA' if lora else 'full'}: weights differ by {apart:.1e}")
+    assert apart <= (1e-5 if staleness else 0.0)
