@@ -140,27 +140,13 @@ def write_rows(
     with ExitStack() as stack:
         file = stack.enter_context(open(open_file(path, os.O_RDWR), "r+b")) if seen or fabric.is_global_zero else None
         for name, place in places.items():
-            given, own, first, column = values.get(name), fabric.is_global_zero, 0, 0
-            if seen and isinstance(given, DTensor):
-                given = part_of(given) or given
-            value: Tensor | None
-            if isinstance(given, Part):
-                first, column = ([cut.start for cut in given.place] + [0, 0])[:2]
-                value, own = given.local, given.owns
-            else:
-                value = None if given is None else whole(given)
-            if file is None or value is None or not own or problem is not None or not value.numel():
+            part = _part_to_write(fabric, values.get(name), seen=seen)
+            if file is None or part is None or problem is not None:
                 continue
-            target = tensors[name]
-            row = target.nbytes // target.shape[0] if target.ndim else target.nbytes
-            column = column * row // target.shape[1] if column else 0
-            numbers = value.detach().to(device="cpu", dtype=target.dtype).contiguous()
-            is_whole = value.shape[1:] == target.shape[1:]
-            runs = numbers.reshape(1 if is_whole else len(value), -1).view(torch.uint8).numpy()
             try:
-                for index, run in enumerate(runs):  # one, or one for each row
-                    file.seek(place + (first + index) * row + column)
-                    file.write(run.data)
+                for start, run in _runs(part, tensors[name]):
+                    file.seek(place + start)
+                    file.write(run)
             except OSError as error:
                 problem = error
         if file is not None and problem is None:
@@ -168,6 +154,29 @@ def write_rows(
             os.fsync(file.fileno())
     if problem is not None:
         raise problem
+
+
+def _part_to_write(fabric: Fabric | RankGroup, value: Tensor | Part | None, *, seen: bool) -> Part | None:
+    """All ranks: what this rank writes of a tensor; None if nothing. Arguments as of `write_rows`."""
+    if seen and isinstance(value, DTensor):
+        value = part_of(value) or value
+    if isinstance(value, Tensor):
+        value = Part((), whole(value), fabric.is_global_zero)
+    return value if value is not None and value.owns else None
+
+
+def _runs(part: Part, target: Tensor) -> Iterator[tuple[int, memoryview]]:
+    """Bytes of a part that are next to each other in the target's bytes, each with their place there."""
+    if not part.local.numel():
+        return
+    first, column = ([cut.start for cut in part.place] + [0, 0])[:2]
+    row = target.nbytes // target.shape[0] if target.ndim else target.nbytes
+    column = column * row // target.shape[1] if column else 0
+    numbers = part.local.detach().to(device="cpu", dtype=target.dtype).contiguous()
+    has_whole_rows = numbers.shape[1:] == target.shape[1:]
+    runs = numbers.reshape(1 if has_whole_rows else len(numbers), -1).view(torch.uint8).numpy()
+    for index, run in enumerate(runs):
+        yield (first + index) * row + column, run.data
 
 
 @contextmanager

@@ -359,7 +359,7 @@ def equal_passes(fabric: Fabric, module: nn.Module, items: Iterable[T]) -> Itera
                 return
             latest = list(item) or latest
             if number == 0 and 0 in there:
-                given = fabric.broadcast(latest, src=there.index(1) * data_rank(fabric).first)
+                given = broadcast_from_first(fabric, latest, there)
                 latest = latest or given
             yield latest[0], bool(item)
     finally:
@@ -376,7 +376,7 @@ def same_number(fabric: Fabric, passes: Sequence[T], num_of_rank: Sequence[int])
     """
     last = list(passes[-1:])
     if 0 in num_of_rank:
-        last = broadcast_from_first(fabric, last, num_of_rank) or last
+        last = broadcast_from_first(fabric, last, num_of_rank)
     return [*passes, *last * (max(num_of_rank) - len(passes))]
 
 

@@ -34,7 +34,8 @@ def check_servers(cfg: TrainConfig) -> None:
     Raises:
         ConfigError: one has not.
     """
-    assert isinstance(cfg.rollout, VLLMRolloutConfig)
+    rollout = cfg.rollout
+    assert isinstance(rollout, VLLMRolloutConfig)
     routes = ["/inference/v1/generate", *(["/v1/load_lora_adapter"] if cfg.model.finetune_mode == "LORA" else [])]
     longest = cfg.data.max_prompt_length + cfg.generation.max_new_tokens
     policy = _read_config(str(model_folder(str(cfg.model.repo_name))))
@@ -61,8 +62,7 @@ def check_servers(cfg: TrainConfig) -> None:
         return None
 
     async def problems() -> list[str | None]:
-        assert isinstance(cfg.rollout, VLLMRolloutConfig)
-        return await asyncio.gather(*(problem(url.rstrip("/")) for url in cfg.rollout.urls))
+        return await asyncio.gather(*(problem(url.rstrip("/")) for url in rollout.urls))
 
     found = [f"rollout.urls: {text}" for text in asyncio.run(problems()) if text]
     if found:
