@@ -126,7 +126,7 @@ def _form(kind: str, own: str, model: TextGenerator | RewardScorer) -> str:
     """The form of a task for a model that was trained in the form `own`."""
     if own in (("docstring", "tldr") if kind == SUMMARISE else ("dialogue", "template")):
         return own
-    if getattr(model.tokenizer, "chat_template", None):
+    if own != "text" and getattr(model.tokenizer, "chat_template", None):
         return "template"
     return "tldr" if kind == SUMMARISE else "text"
 

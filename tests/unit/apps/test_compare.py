@@ -71,6 +71,15 @@ def test_questions_remember_the_conversation_where_the_model_can(writers, monkey
     assert second.scores == ["", ""] and second.status == "done"
 
 
+def test_a_model_that_was_trained_on_plain_text_is_asked_without_its_chat_template(writers, monkeypatch):
+    prompts = says(monkeypatch, "yes")
+    chatty = [("chatty", dict(writers)["chatty"].in_form("text"))]
+    for kind in (ASK, SUMMARISE):
+        panel = Panel(kind, chatty, None)
+        list(panel.answer("Hi", panel.start().histories, FAIR))
+    assert prompts == ["<s>Hi", "<s>Hi\nTL;DR:"]
+
+
 @pytest.mark.parametrize(
     ("prompt", "settings", "message"),
     [
