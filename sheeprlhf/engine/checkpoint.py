@@ -116,8 +116,8 @@ class BackgroundSaver:
         for file, tensors in files.items():
             values[file] = {}
             for name, tensor in tensors.items():
-                is_cut = isinstance(tensor, DTensor)
-                part = part_of(tensor) if is_cut else Part((), tensor.detach(), self._ranks.is_global_zero)
+                whole = Part((), tensor.detach(), self._ranks.is_global_zero)
+                part = part_of(tensor) if isinstance(tensor, DTensor) else whole
                 assert part is not None  # `can_save_in_background`
                 if part.owns:
                     values[file][name] = part._replace(local=self._copy((file, name), part.local))
