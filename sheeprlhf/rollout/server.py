@@ -169,8 +169,7 @@ class RolloutServers:
         """
         if self._number and isinstance(self._cfg.task, BestOfNConfig):  # which trains nothing
             return
-        if self._fabric.is_global_zero:
-            self.finish_pending()
+        self.finish_pending()
         self._number += 1
         model, base = self._policy.model, self._policy.causal_lm()
         if not isinstance(model, PeftModel) or self._number == 1:
