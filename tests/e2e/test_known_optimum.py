@@ -1,15 +1,19 @@
 """Tasks whose best score is known: every RL algorithm comes to 95 % of it on a random model, in seconds."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase
 
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from sheeprlhf import evaluate
+from tests.support.models import make_model_folder
 from tests.support.runs import figures, train, write_rows
 
 ModelFolder = Callable[..., Path]
@@ -29,7 +33,8 @@ OPTIONS = {  # reward and command of each
     "rewards of tokens": ("letter_tokens", "ppo task.kl_estimator=k3 task.init_kl_coeff=1e-3"),
     "rewards of tokens, no critic": ("letter_tokens", "reinforce_pp task.init_kl_coeff=1e-3"),
     "dynamic sampling": ("letters", DAPO),
-    "clipped advantages": ("letters", "grpo task.max_advantage=1 task.max_ratio=2 task.num_iterations=2"),
+    "clipped advantages": ("letters", "grpo task.max_advantage=1"),
+    "two-sided clipping": ("letters", "grpo task.max_ratio=2 task.num_iterations=2"),
     "entropy": ("letters", "grpo task.entropy_coeff=1e-3"),
     "k2": ("letters", "grpo task.kl_estimator=k2 task.init_kl_coeff=1e-3"),
     "dr_grpo": ("letters", "grpo task.loss_type=dr_grpo task.scale_rewards=false"),
@@ -118,6 +123,50 @@ def test_truncated_responses_do_not_teach(tmp_path: Path, model_folder: ModelFol
     assert found["rollout/finished"][0] == without["rollout/finished"][0] < 0.5
     assert without["rollout/finished"][-1] < 0.1 and found["rollout/finished"][-1] > 0.9
     assert found["val/scores"][-1] >= 0.95
+
+
+def last_token_scorer(folder: Path, scores: dict[str, float]) -> Path:
+    """Save a reward model whose score is that of a response's last token, 0 for other tokens."""
+    make_model_folder(folder, scores=True)
+    model, tokenizer = (auto.from_pretrained(folder) for auto in (AutoModelForSequenceClassification, AutoTokenizer))
+    embeddings, largest = model.get_input_embeddings().weight, 10.0
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.norm.weight.fill_(1.0)
+        embeddings.zero_()
+        embeddings[:, 1] = 1.0
+        for character, score in scores.items():
+            [token] = tokenizer(character, add_special_tokens=False).input_ids
+            embeddings[token, 0] = score / largest
+            embeddings[token, 1] = math.sqrt(1 - (score / largest) ** 2)
+        model.score.weight.zero_()
+        model.score.weight[0, 0] = largest / math.sqrt(embeddings.shape[1])  # the norm multiplies by this root
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.nightly
+def test_an_uncertainty_penalty_avoids_the_errors_of_single_reward_models(
+    tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    """Three reward models give small letters 1, and each of them other capitals 6 by mistake."""
+    small = dict.fromkeys(ascii_lowercase, 1.0)
+    wrong = [ascii_uppercase[first : first + 8] for first in (0, 8, 16)]
+    folders = [last_token_scorer(tmp_path / own, small | dict.fromkeys(own, 6.0)) for own in wrong]
+    terms = f"reward.terms=[{','.join(f'model:{folder}' for folder in folders)}]"
+    options = ["reward=list", terms, "generation.max_new_tokens=1", *OF_TASK["grpo"]]
+    right = ["reward=function", "reward.path=tests.support.rewards:letters", "generation.max_new_tokens=1"]
+    shares = {}
+    for combine in ("sum", "uncertainty", "min"):
+        metrics_of("grpo", [*options, f"reward.combine={combine}"], tmp_path / combine, model_folder)
+        run_dir = tmp_path / combine / "run"
+        shares[combine] = evaluate(["task=reward", f"experiment_dir={run_dir}", "task.against=none", *right])["score"]
+    print(shares)
+    assert shares["sum"] < 0.05
+    assert shares["uncertainty"] >= 0.95
+    assert shares["min"] >= 0.95
 
 
 def check_found(task: str, options: list[str], tmp_path: Path, model_folder: ModelFolder) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from tests.support.jobs import ColdJob
+from tests.support.models import make_model_folder
 from tests.support.pipelines import folders, write_recipe
-from tests.support.runs import WRITERS, exit_code, write_pairs
+from tests.support.runs import ONLINE_TASKS, WRITERS, exit_code, write_pairs
 
 ModelFolder = Callable[..., Path]
 CHAIN = """\
@@ -83,28 +85,35 @@ RECIPES = {
 }
 
 
-PUBLISHED = sorted(path.stem for path in Path(__file__).parents[2].glob("configs/experiment/*_published.yaml"))
+CONFIGS = Path(__file__).parents[2] / "configs" / "experiment"
+PUBLISHED = sorted(path.stem for path in CONFIGS.glob("*_published.yaml"))
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_published_settings_run_in_two_steps(recipe: str, tmp_path: Path, model_folder: ModelFolder) -> None:
-    """With smaller batches and shorter responses; what a response is rewarded for comes from the command line."""
-    task = recipe.removesuffix("_published")
-    data = WRITERS[task if task in WRITERS else "sft"](tmp_path / "rows.jsonl")
+    """With smaller batches and shorter texts; what a response is rewarded for comes from the command line."""
+    choices = {}
+    for line in yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text())["defaults"]:
+        choices |= {group.removeprefix("override /"): choice for group, choice in line.items()}
+    task = choices["task"]
+    data = WRITERS[task](tmp_path / "rows.jsonl")
     words = [f"experiment={recipe}", "dry_run=true", "model=auto", f"model.repo_name={model_folder()}", "data=local"]
-    words += [
-        f"data.train_file={data}",
-        "data.max_length=100",
-        "data.max_prompt_length=70",
-        f"root_dir={tmp_path}/runs",
-    ]
-    if task != "ilql":
-        words += ["reward=function", "reward.path=tests.support.rewards:letters", "generation.max_new_tokens=8"]
-        words += ["task.num_generations=4", "task.rollout_size=32", "task.mini_batch_size=16", "task.self_check=off"]
-        words += ["reward.overlong_buffer=4"] if task == "dapo" else []
+    words += [f"data.train_file={data}", "data.max_length=100", "data.max_prompt_length=70"]
+    words += [f"root_dir={tmp_path}/runs", "task.mini_batch_size=16"]
+    if task in (*ONLINE_TASKS, "distill"):
+        words += ["generation.max_new_tokens=8", "task.num_generations=4", "task.rollout_size=32"]
+        words += ["task.self_check=off"]
+    if task == "distill":
+        words += [f"task.teacher={model_folder('gpt2')}", "model.lora_cfg.rank=4"]
+    elif choices.get("reward") == "list":
+        members = [make_model_folder(tmp_path / f"rm{seed}", seed=seed, scores=True) for seed in range(2)]
+        words += [f"reward.terms=[{','.join(f'model:{member}' for member in members)}]"]
+    elif task in ONLINE_TASKS:
+        words += ["reward=function", "reward.path=tests.support.rewards:letters"]
+        words += ["reward.overlong_buffer=4"] if recipe == "dapo_published" else []
     assert exit_code(["train", *words]) == 0
-    assert list((tmp_path / "runs").rglob("final/model.safetensors"))
+    assert list((tmp_path / "runs").rglob("final/*model.safetensors"))
 
 
 @pytest.mark.nightly

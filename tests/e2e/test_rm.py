@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,6 +145,27 @@ def test_a_visible_preference_is_learnt(options: list[str], tmp_path: Path, mode
     run_dir = train(model_folder(), data, tmp_path / "run", *words, task="rm")
     run(["eval", "task=preference", f"experiment_dir={run_dir}"])
     assert json.loads((run_dir / "eval" / "preference-test-final.json").read_text())["accuracy"] >= 0.95
+
+
+def test_accuracy_of_subsets(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Pairs with a visible preference are learned; labels that a coin chose are not, in pairs that were held out."""
+    rng = random.Random(0)
+    for split, count in (("train", 96), ("held-out", 80)):
+        rows = []
+        for number in range(count):
+            subset = ("rule", "coin")[number % 2]
+            chosen, rejected = (" good", " bad") if subset == "rule" else rng.sample([" left", " right"], 2)
+            rows.append({"prompt": f"{split} {number}?", "chosen": chosen, "rejected": rejected, "subset": subset})
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = [f"data.{split}_file={tmp_path / 'held-out.jsonl'}" for split in ("validation", "test")]
+    words = ["optim.lr=5e-3", "task.mini_batch_size=12", *held_out]
+    run_dir = train(model_folder(), tmp_path / "train.jsonl", tmp_path / "run", *words, task="rm")
+    run(["eval", "task=preference", f"experiment_dir={run_dir}", "task.subset_column=subset"])
+    found = json.loads((run_dir / "eval" / "preference-test-final.json").read_text())["accuracy_by_subset"]
+    print(found)
+    assert found["rule"]["pairs"] == found["coin"]["pairs"] == 40
+    assert found["rule"]["accuracy"] >= 0.95
+    assert 0.3 <= found["coin"]["accuracy"] <= 0.7
 
 
 def test_rankings_and_margins(tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.cli import run
+from tests.support.models import make_model_folder
 from tests.support.runs import WRITERS, digests, killed, result_of, train, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
@@ -29,6 +30,10 @@ VARIANTS = {
     "ppo": ("ppo", ["task.adaptive_kl_coeff=true", "reward.normalize=true"]),
     "ppo, lora": ("ppo", [*LORA[:2], "task.bootstrap_truncated=true"]),
     "grpo, lora": ("grpo", [*LORA[:2], "task.max_resamples=2", "task.entropy_coeff=0.01"]),
+    "grpo, ensemble": (
+        "grpo",
+        ["reward=list", "reward.terms=[model:FIRST,model:SECOND]", "reward.combine=uncertainty"],
+    ),
     "ppo, everything": ("ppo", ["task.share_trunk=true", "task.ptx_coeff=0.5", "task.ema_decay=0.8"]),
     "rloo": ("rloo", ["task.num_iterations=2"]),
     "reinforce_pp": ("reinforce_pp", ["task.num_iterations=2"]),
@@ -53,6 +58,7 @@ NIGHTLY = (
     "preferences, sorted",
     "ppo, lora",
     "grpo, lora",
+    "grpo, ensemble",
     "rloo",
     "reinforce_pp",
     "distillation",
@@ -72,6 +78,10 @@ def check_resume_at(
 ) -> None:
     task, options = VARIANTS[variant]
     options = [word.replace("TEACHER", str(model_folder("gpt2"))) for word in options]
+    if variant == "grpo, ensemble":
+        for seed, name in enumerate(("FIRST", "SECOND")):
+            member = make_model_folder(tmp_path / name, seed=seed, scores=True)
+            options = [word.replace(name, str(member)) for word in options]
     if variant == "8-bit moments":
         pytest.importorskip("bitsandbytes")
     data = WRITERS[task](tmp_path / "rows.jsonl")

@@ -85,9 +85,8 @@ ONLINE = [  # 6 rollouts of 12 prompts, 4 optimizer steps on each
     "task.num_generations=2",
     "task.max_num_steps=24",
     "task.num_iterations=1",
-    "reward=function",
-    "reward.path=tests.support.rewards:letters",
 ]
+REWARD = ["reward=function", "reward.path=tests.support.rewards:letters"]
 
 
 def train_words(model: Path, data: Path, run_dir: Path, *extra: str, task: str = "sft") -> list[str]:
@@ -115,7 +114,8 @@ def train_words(model: Path, data: Path, run_dir: Path, *extra: str, task: str =
         "generation.max_new_tokens=4",
         "optim.lr=1e-3",
         f"hydra.run.dir={run_dir}",
-        *(ONLINE if task in ONLINE_TASKS else ONLINE[:4] if task == "distill" else []),
+        *(ONLINE if task in (*ONLINE_TASKS, "distill") else []),
+        *(REWARD if task in ONLINE_TASKS and not any(word.startswith("reward=") for word in extra) else []),
         *extra,
     ]
 

@@ -27,6 +27,7 @@ from sheeprlhf.config.registry import (
 )
 from sheeprlhf.config.validate import parse_devices, parse_targets, validate
 from sheeprlhf.structure.run import AdamConfig, AdamWConfig, ClusterConfig, PipelineConfig, TrainConfig
+from tests.support.models import make_model_folder
 
 ROOT = Path(__file__).parents[3]
 
@@ -127,6 +128,9 @@ def test_every_file_of_configs_composes(path, tmp_path, monkeypatch):
         check_pipeline(name, monkeypatch)
     else:
         extra = [f"data.train_file='{tmp_path}/rows.jsonl'"] if "data: local" in path.read_text() else []
+        if "/reward: list" in path.read_text():
+            members = [make_model_folder(tmp_path / name, scores=True) for name in ("first", "second")]
+            extra += [f"reward.terms=[{','.join(f'model:{member}' for member in members)}]"]
         config = to_typed(
             composed(
                 "train",
