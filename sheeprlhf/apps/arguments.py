@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ FLAGS = (
     Flag("version", "Hydra's version.", kind=bool),
 )
 PLOT = Flag("plot", "Draw the result as a PNG too: another way to write plot=true.", kind=bool)  # of eval only
+_SPECIAL = re.compile(r"=.*[^\w./:-]", re.ASCII)  # in a word, what Hydra may not read without quotes
 _REJECTED_FLAGS = {
     **dict.fromkeys(("--config-path", "-cp"), "give --config-dir=<folder>, which adds yours to those of sheeprlhf"),
     "--experimental-rerun": "it would unpickle a file; repeat the command, or give resume_from=<run>",
@@ -118,10 +120,10 @@ def parse_args(words: list[str]) -> ParsedArgs:
     problems += _space_problems(args.words)
     if problems:
         raise ConfigError(*problems)
-    if any("=[" in word for word in args.words):
-        from sheeprlhf.config.overrides import quote_list_items  # imports Hydra
+    if any(map(_SPECIAL.search, args.words)):
+        from sheeprlhf.config.overrides import quote_texts  # imports Hydra
 
-        args = args._replace(words=[quote_list_items(word) if "=[" in word else word for word in args.words])
+        args = args._replace(words=[quote_texts(word) if _SPECIAL.search(word) else word for word in args.words])
     return args
 
 

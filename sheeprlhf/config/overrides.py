@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from sheeprlhf.config.command_words import hydra_value, parse_word, shell_word
+from sheeprlhf.config.command_words import hydra_value, option_word, parse_word, shell_word
 from sheeprlhf.config.option_checks import did_you_mean, nearest
 from sheeprlhf.config.option_lookup import entries_of, meant_by, owners_of
 from sheeprlhf.config.registry import (
@@ -72,18 +72,28 @@ def _is_list_of_texts(key: str) -> bool:
     return any(entry.option.type == list[str] for entry in entries_of(key))
 
 
-def quote_list_items(word: str) -> str:
-    """A word whose list items are quoted where Hydra would refuse them, or, in a list of texts, take for numbers."""
+def quote_texts(word: str) -> str:
+    """A word whose text or list items are quoted where Hydra would refuse them, or, in a list of texts, read numbers.
+
+    A text with a comma may be a sweep, one that begins with a quote or a bracket has a mistake: both stay as they are.
+    """
     key, _, value = word.partition("=")
-    if not value.startswith("[") or not value.endswith("]"):
+    if value.startswith("[") and value.endswith("]"):
+        result = _with_quoted_items(key, value)
+    elif value and value[0] not in "[{'\"" and "," not in value and parse_word(word) is None:
+        result = option_word(key, value)
+    else:
         return word
+    return word if parse_word(result) is None else result
+
+
+def _with_quoted_items(key: str, value: str) -> str:
     items, texts = _split_items(value[1:-1]), _is_list_of_texts(key)
-    if items is None or (not texts and parse_word(word) is not None):
-        return word
+    if items is None or (not texts and parse_word(f"{key}={value}") is not None):
+        return f"{key}={value}"
     kind = str if texts else object
     quoted = [item if _reads_as(item, kind) else hydra_value(item.replace("\\,", ",")) for item in items]
-    result = f"{key}=[{','.join(quoted)}]"
-    return word if parse_word(result) is None else result
+    return f"{key}=[{','.join(quoted)}]"
 
 
 def _split_items(text: str) -> list[str] | None:

@@ -18,7 +18,7 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
-from sheeprlhf.config.overrides import quote_list_items
+from sheeprlhf.config.overrides import quote_texts
 from sheeprlhf.config.registry import BASES, rename_keys
 from sheeprlhf.structure.reward import is_users_own
 from sheeprlhf.utils.errors import ConfigError
@@ -59,7 +59,7 @@ def word_problem(word: str) -> str | None:
         allowed = word in ("-m", "--multirun")
         return None if allowed else f"{word} is a flag in a file: only the command line may give it"
     try:
-        override = OverridesParser.create().parse_override(quote_list_items(word))
+        override = OverridesParser.create().parse_override(quote_texts(word))
         key, value = override.key_or_group, override.value()
         if override.is_sweep_override():
             value = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else str(value)

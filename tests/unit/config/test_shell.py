@@ -178,9 +178,17 @@ def test_stop_strings_are_read_as_they_are_typed(typed: str) -> None:
 
 
 def test_other_words_stay_as_they_are() -> None:
-    words = ["seed=1", "optim.betas=[0.9,0.95]", "a=[1,2],[3]", "a=[b", "x=[[1],[2]]", "fabric.devices=[0,1]", "k=<a>"]
+    words = ["seed=1", "optim.betas=[0.9,0.95]", "a=[1,2],[3]", "a=[b", "x=[[1],[2]]", "fabric.devices=[0,1]"]
+    words += ["a=b c", "a='<x>'", "a='x", "a=<x>,<y>", "a=${x}", "a=1", "a=null", "ü=<a>", "+a=3", "a="]
     assert parse_args(words).words == words
     assert read(*parse_args(["optim.betas=[0.9,<a>]"]).words) == [0.9, "<a>"]
+
+
+@pytest.mark.parametrize("typed", ["my runs ü", "it's (1)", "a=b.jsonl", "/数据/x#1 & y!.jsonl", "<a>", 'say "hi"'])
+def test_a_text_with_special_characters_needs_no_quotes(typed: str) -> None:
+    [word] = parse_args([f"root_dir={typed}"]).words
+    assert read(word) == typed
+    assert parse_args([word]).words == [word]
 
 
 def advice_in(message: str) -> str:
