@@ -55,6 +55,7 @@ _FLOAT32_MERGE_TOLERANCE = 1e-4
 _NUM_ROWS, _ROW_TOKENS = 4, 24
 _SHOWN = 4  # tensors in a message
 _NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)  # PEFT takes some names for patterns: none of these takes long
+_ANYWHERE = r".*\."  # begins the names of experts in the patterns that PEFT writes
 _MAX_NAMES = 10_000
 _OFF: tuple[Any, ...] = (False, "", [], {})
 _HARMLESS = ("base_model_name_or_path", "revision", "peft_version", "inference_mode", "runtime_config")
@@ -75,6 +76,7 @@ _KNOWN: dict[str, Any] = {  # the type of each setting; all texts in it are name
     "lora_alpha": _Number,
     "lora_dropout": Annotated[float, Range(0, math.nextafter(1, 0))],
     **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), _Names),
+    "target_parameters": list[str],
     "trainable_token_indices": list[_Index] | dict[str, list[_Index]],
     "task_type": Literal["CAUSAL_LM", "SEQ_CLS"],
     "bias": Literal["none", "all", "lora_only"],
@@ -89,7 +91,7 @@ _KNOWN: dict[str, Any] = {  # the type of each setting; all texts in it are name
 def _is_allowed(key: str, value: Any) -> bool:
     if any(type_problems(value, _KNOWN[key])):
         return False
-    names = list(_texts(value))
+    names = [name.removeprefix(_ANYWHERE) for name in _texts(value)]
     return len(names) <= _MAX_NAMES and all(map(_NAME.fullmatch, names))
 
 

@@ -27,7 +27,7 @@ HEAD = "| architecture | batches | " + " | ".join(["log-probabilities", "SFT", "
 NAMES = (
     *("llama", "mistral", "mistral (window)", "qwen2", "qwen3", "qwen3_5_text", "gemma2", "gemma3_text", "phi3"),
     *("phi3 (longrope)", "olmo2", "granite", "gpt_oss", "mixtral", "qwen3_moe", "falcon", "opt", "gpt2", "gpt_neox"),
-    "phi",
+    *("phi", "deepseek_v3"),
 )
 TOLERANCE = 1e-5
 IDS = torch.arange(5, 40)[None]

@@ -73,6 +73,21 @@ FAMILIES = {  # more that are packed: windows, soft caps, attention sinks, scale
         sliding_window=16,
     ),
     "mistral (window)": _LLAMA | dict(sliding_window=16),
+    "deepseek_v3": _LLAMA  # caches what keys and values are computed of
+    | dict(
+        num_key_value_heads=4,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=6,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=8,
+        first_k_dense_replace=1,
+    ),
 }
 UNPACKED = {  # architectures whose batches are padded: attention that cannot be replaced, recurrent layers
     "gpt_neo": dict(

@@ -255,12 +255,16 @@ OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("ours", "theirs"), OPTIONS)
+ADAPTED = [("qwen2", *options) for options in OPTIONS]
+ADAPTED += [(name, {}, {}) for name in ("mixtral", "qwen3_moe", "deepseek_v3")]  # PEFT adds adapters to the experts
+
+
+@pytest.mark.parametrize(("architecture", "ours", "theirs"), ADAPTED)
 def test_options_compute_save_and_merge_as_plain_peft_does(
-    ours: dict[str, Any], theirs: dict[str, Any], tmp_path: Path, model_folder: ModelFolder
+    architecture: str, ours: dict[str, Any], theirs: dict[str, Any], tmp_path: Path, model_folder: ModelFolder
 ) -> None:
     """The saved adapters give plain PEFT, our reader and the merged model the outputs that were trained."""
-    folder = model_folder("qwen2")
+    folder = model_folder(architecture)
     torch.manual_seed(0)
     expected = get_peft_model(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
