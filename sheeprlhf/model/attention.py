@@ -14,7 +14,7 @@ and sinks without a fused kernel. Without a layout, a model that has only eager 
 import inspect
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -120,6 +120,7 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     layout: Any = None,
+    store_keys: Callable[[int, Tensor, Tensor], None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention as `layout` says; without a layout, transformers' own sdpa attention.
@@ -134,6 +135,7 @@ def packed_attention(
         scaling: factor of the scores; None is D ** -0.5.
         layout: a `sheeprlhf.data.example.Layout`; None; or an object whose `attend` computes the attention itself, as
             the sampler's cache does for one token of each row that it holds.
+        store_keys: called with the number of the layer, and the keys and values of a packed row.
         **kwargs: other arguments of the model's attention.
 
     Returns:
@@ -154,6 +156,8 @@ def packed_attention(
     if isinstance(layout, TailQueries):
         key_BGTD, value_BGTD = layout.keys_and_values(key_BGTD, value_BGTD)
         query_lengths, layout = layout.tails, layout.layout
+    if store_keys is not None:
+        store_keys(cast(int, module.layer_idx), key_BGTD, value_BGTD)
     variant = Variant(kwargs.get("sliding_window"), kwargs.get("softcap"), kwargs.get("s_aux")).limited(layout.max_key)
     extra = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if extra:
@@ -161,7 +165,8 @@ def packed_attention(
     device = query_BHTD.device.type
     if hasattr(layout, "attend"):
         with torch.autocast(device, enabled=False):
-            return layout.attend(cast(int, module.layer_idx), query_BHTD, scaling, variant), None
+            layer = cast(int, module.layer_idx)
+            return layout.attend(layer, query_BHTD, key_BGTD, value_BGTD, scaling, variant), None
     dtype = kernel_dtype(device, query_BHTD.dtype)
     query, key, value = (x.to(dtype) for x in (query_BHTD, key_BGTD, value_BGTD))
     if device == "cuda" and dtype in _HALF and dropout == 0.0 and variant._replace(window=None).is_plain:

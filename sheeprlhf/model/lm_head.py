@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from sheeprlhf.model.attention import KeysStored, TailQueries
 
@@ -268,14 +267,11 @@ def _zeros_from(block: nn.Module, *names: str) -> Iterator[None]:
 
 
 def at_tails(value: Any, layout: Any) -> Any:
-    """The part of a block's arguments that belongs to the tails: of tensors (1, T, ...), also in tuples and dicts.
-
-    Other values stay, but for a cache, which becomes None: it has its keys already.
-    """
+    """The part of a block's arguments that belongs to the tails: of tensors (1, T, ...), also in tuples and dicts."""
     if isinstance(value, Tensor) and value.shape[:2] == (1, layout.num_tokens):
         return value.index_select(1, layout.tail_index)
     if isinstance(value, dict):
         return {name: at_tails(one, layout) for name, one in value.items()}
     if type(value) in (tuple, list):
         return tuple(at_tails(one, layout) for one in value)
-    return None if isinstance(value, Cache) else value
+    return value

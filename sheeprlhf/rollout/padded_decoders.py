@@ -3,17 +3,23 @@
 Letters: P prompts, B live rows, V vocabulary, L tokens of the longest row, T tokens.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from sheeprlhf.model.attention import logits_at, no_router_logits, tolerance
 from sheeprlhf.model.folder.architecture import outgrows_cache, packing_limit
-from sheeprlhf.rollout.sampler import Decoder, cache_name
+from sheeprlhf.rollout.sampler import Decoder
+
+
+def cache_name(model: nn.Module) -> str:
+    """Name of the cache argument in the model's code: code from before transformers 5.24 has the longer name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class PaddedDecoder:

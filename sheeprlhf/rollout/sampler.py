@@ -8,19 +8,17 @@ prompts, W tokens of the longest prompt, L tokens of the longest row, C hidden w
 query heads of a key head, D head width.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pkgutil import resolve_name
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from sheeprlhf.data.example import layout_of
 from sheeprlhf.model.attention import Variant, kernel_dtype, placeholder_mask
@@ -236,15 +234,15 @@ def _likeliest(logprobs_BV: Tensor, top_k: int, top_p: float) -> Tensor:
     return torch.full_like(logprobs_BV, -torch.inf).scatter(1, ids_BK, likeliest_BK)
 
 
-class SharedCache(Cache):
-    """KV cache that transformers' models fill during generation; also computes the attention, for `packed_attention`.
+class SharedCache:
+    """Keys and values that `packed_attention` gets, and its attention to them.
 
-    It takes the keys and values of packed prompts first, in one forward pass or several; after `share`, one token of
-    every live response at a time.
+    It stores those of packed prompts first, in one forward pass or several; after `share`, those of one token of every
+    live response at a time. They come from the attention, not from the model's calls of a cache: some models cache
+    something else that they compute keys and values of (the latents of DeepSeek).
     """
 
     def __init__(self) -> None:
-        super().__init__(layers=[])
         self._parts: dict[int, list[list[Tensor]]] = {}  # before `share`: a layer's keys and values, (1, G, T, D)
         self._prompts: dict[int, list[Tensor]] = {}  # a layer's keys and values: (P, G, W, D)
         self._responses: dict[int, list[Tensor]] = {}  # a layer's keys and values: (rows, G, N, D)
@@ -256,19 +254,9 @@ class SharedCache(Cache):
         """Tokens that the longest row sees, the one that is being written included."""
         return self._mask_P11W.shape[-1] + self._num_columns + 1
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of the longest row; transformers asks, and gets its positions from us."""
-        return self.max_key - 1 if self._num_responses else 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Keep what a layer has computed, and return it."""
-        new = [key_states, value_states]
-        if self._num_responses == 0:
-            self._parts.setdefault(layer_idx, []).append(new)
-            return new
-        for stored_RGND, new_BG1D in zip(self._responses[layer_idx], new, strict=True):
-            stored_RGND[: len(new_BG1D), :, self._num_columns] = new_BG1D[:, :, 0]
-        return new
+    def store(self, layer: int, key_1GTD: Tensor, value_1GTD: Tensor) -> None:
+        """Store the keys and values of packed prompts."""
+        self._parts.setdefault(layer, []).append([key_1GTD, value_1GTD])
 
     def share(self, lengths: list[int], num_responses: int, num_new: int, dtype: torch.dtype) -> None:
         """Cut the packed prompts apart and make room for what their responses add.
@@ -296,18 +284,30 @@ class SharedCache(Cache):
         self._num_responses = num_responses
         self._place(np.arange(rows))
 
-    def attend(self, layer: int, query_BH1D: Tensor, scaling: float | None, variant: Variant) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query_BH1D: Tensor,
+        key_BG1D: Tensor,
+        value_BG1D: Tensor,
+        scaling: float | None,
+        variant: Variant,
+    ) -> Tensor:
         """Attention of the newest token of each live response: to its prompt, and to the response up to itself.
 
         Args:
             layer: number of the layer.
             query_BH1D: queries.
+            key_BG1D: keys of the newest tokens, which are stored, like the values.
+            value_BG1D: values.
             scaling: factor of the scores; None is D ** -0.5.
             variant: of the layer's attention.
 
         Returns:
             (B, 1, H, D), in the query's number format.
         """
+        for stored_RGND, new_BG1D in zip(self._responses[layer], (key_BG1D, value_BG1D), strict=True):
+            stored_RGND[: len(new_BG1D), :, self._num_columns] = new_BG1D[:, :, 0]
         keys_PGWD, values_PGWD = self._prompts[layer]
         rows, columns = len(query_BH1D), self._num_columns + 1
         keys_BGND, values_BGND = (x[:rows, :, :columns] for x in self._responses[layer])
@@ -389,11 +389,6 @@ def compact(ended: np.ndarray) -> np.ndarray:
     return order
 
 
-def cache_name(model: nn.Module) -> str:
-    """Name of the cache argument in the model's code: code from before transformers 5.24 has the longer name."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
 class Decoder(Protocol):
     """Logits of the rows of a group, one token after the other; the first rows are live."""
 
@@ -416,7 +411,6 @@ class PackedDecoder:
     def __init__(self, model: PreTrainedModel, token_budget: int) -> None:
         self._backbone, self._head = backbone_and_head(model)
         self._cache, self._token_budget = SharedCache(), token_budget
-        self._given = {cache_name(self._backbone): self._cache}
 
     def prefill(self, prompts: Sequence[np.ndarray], num_responses: int, num_new: int) -> Tensor:
         """As `Decoder.prefill`."""
@@ -439,8 +433,8 @@ class PackedDecoder:
                 attention_mask=placeholder_mask(input_ids_1T),
                 position_ids=position_ids_1T,
                 layout=layout,
-                **self._given,
-                use_cache=True,
+                store_keys=self._cache.store,
+                use_cache=False,
             ).last_hidden_state
         return at_tails(hidden_1TC, layout)[0]
 
@@ -451,8 +445,7 @@ class PackedDecoder:
             attention_mask=placeholder_mask(ids_B),
             position_ids=self._positions_B1,
             layout=self._cache,
-            **self._given,
-            use_cache=True,
+            use_cache=False,
         ).last_hidden_state
         self._cache.next_token()
         self._positions_B1 = self._positions_B1 + 1

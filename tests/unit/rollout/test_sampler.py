@@ -96,7 +96,7 @@ def ends_sometimes(ids: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "deepseek_v3"])
 def test_it_is_a_loop_without_cache_batch_or_padding(
     architecture: str, packed: bool, model_folder: ModelFolder
 ) -> None:
