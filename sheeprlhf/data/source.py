@@ -213,7 +213,7 @@ def _subset(folder: Path, subset: str | None) -> tuple[str, dict[str, list[str]]
 
     try:
         text = read_small(real_file(folder / CARD, folder), MAX_CARD).decode() if (folder / CARD).exists() else ""
-        text = text if text.lstrip().startswith("---") else "---\n---\n"  # the library warns of cards without settings
+        text = text if text.lstrip().startswith("---") else "---\n{}\n---\n"  # else a warning
         subsets = MetadataConfigs.from_dataset_card_data(DatasetCard(text, ignore_metadata_errors=True).data)
         name = subset or subsets.get_default_config_name() or ""
         config = subsets.get(name, {})
