@@ -53,6 +53,7 @@ from sheeprlhf.config.run_lookup import (
     newest_unfinished,
     read_run_config,
     resolve_runs,
+    root_of,
     saved_group,
 )
 from sheeprlhf.config.untrusted_config import check_sources, content_problems
@@ -171,6 +172,9 @@ def _of_resumed(run_dir: Any, given: Mapping[str, Override]) -> list[str]:
     for key, value in leaves({name: value for name, value in saved.items() if name not in groups("train")}):
         if key in known and key not in left_out:
             words.append(option_word(key, value))
+    root_of_run = root_of(Path(found).absolute())
+    if root_of_run is not None and "root_dir" not in given:  # a longer run is made next to its beginning
+        words.append(option_word("root_dir", str(root_of_run)))
     return words
 
 

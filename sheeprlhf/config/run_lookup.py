@@ -59,6 +59,15 @@ def _warn(text: str) -> None:
     _print_once(f"warning: {text}", "stderr")
 
 
+def root_of(run_dir: Path) -> Path | None:
+    """The `root_dir` in which `train` made a run directory; None if the directory was given by the user."""
+    info = read_run(run_dir)
+    *_, data, model, task, _, _ = ("", "", "", *run_dir.parts)
+    return (
+        run_dir.parents[4] if (data, model, task) == (info.get("data"), info.get("model"), info.get("task")) else None
+    )
+
+
 def find_runs(root_dir: str | Path) -> list[FoundRun]:
     """All runs under `root_dir`, newest first; a run whose run.json is damaged is named and left out."""
     runs = []

@@ -1,5 +1,6 @@
 """Saved configurations: read from earlier runs and from strangers, and options given to a resumed run."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,26 @@ def test_options_are_those_of_the_run_unless_given(tmp_path: Path) -> None:
     assert isinstance(config, TrainConfig)
     assert (config.task.config_name, config.task.max_num_steps, config.seed, config.run_name) == ("grpo", 5, 7, "mine")
     assert (config.generation.temperature, config.resume_from) == (0.5, str(run_dir))
+
+
+@pytest.mark.parametrize(
+    ("place", "given", "expected"),
+    [
+        ("my runs/docstrings/tiny/grpo/2026/default", [], "my runs"),
+        ("my runs/docstrings/tiny/grpo/2026/default", ["root_dir=other"], "other"),
+        ("moved/2026/default", [], "logs/runs"),
+    ],
+)
+def test_a_longer_run_is_made_next_to_its_beginning(
+    place: str, given: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / place).parent.mkdir(parents=True)
+    run_dir = write_run(tmp_path / place)
+    info = {"status": "finished", "started": 1.0, "data": "docstrings", "model": "tiny", "task": "grpo"}
+    (run_dir / "run.json").write_text(json.dumps(info))
+    words = [f"resume_from={place}", "task.max_num_steps=5", "reward.path=length", "reward.target_length=9", *given]
+    assert Path(compose_job(SOURCE, words).config.root_dir).absolute() == tmp_path / expected
 
 
 @pytest.mark.parametrize("seed", [7, "${oc.env:HOME}"])
