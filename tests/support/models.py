@@ -64,6 +64,20 @@ FAMILIES = {  # more that are packed: windows, soft caps, attention sinks, scale
     "granite": _LLAMA | dict(logits_scaling=3.0, residual_multiplier=0.5, embedding_multiplier=2.0),
     "gemma2": _GEMMA | dict(sliding_window=16, attn_logit_softcapping=2.0, final_logit_softcapping=1.0),
     "gemma3_text": _GEMMA | dict(layer_types=["sliding_attention", "full_attention"], sliding_window=16),
+    "gemma3": dict(  # of text and images
+        text_config=_COMMON | _GEMMA | dict(layer_types=["sliding_attention", "full_attention"], sliding_window=16),
+        vision_config=dict(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+            vision_use_head=False,
+        ),
+        mm_tokens_per_image=4,
+        image_token_index=259,
+    ),
     "gpt_oss": _LLAMA
     | dict(
         head_dim=8,

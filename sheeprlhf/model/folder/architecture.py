@@ -71,9 +71,9 @@ def packing_limit(model: PreTrainedModel, longest: int) -> str:
 
 
 def _passes_window(model: PreTrainedModel) -> bool:
-    """True if every attention of the model tells `packed_attention` its window, by the source of its code."""
+    """True if every attention of the decoder tells `packed_attention` its window, by the source of its code."""
     sources = set()
-    for kind in {type(module) for module in model.modules()}:
+    for kind in {type(module) for module in model.get_decoder().modules()}:  # a part for images has no window
         try:
             sources.add(inspect.getsource(kind.forward))
         except (OSError, TypeError):  # no source: unknown
