@@ -36,6 +36,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sheeprlhf.config.validate import is_pattern, parse_targets
 from sheeprlhf.model.folder.account import HEAD
+from sheeprlhf.model.folder.architecture import has_other_parts
 from sheeprlhf.model.folder.embedding_rows import base_of, trained_rows
 from sheeprlhf.model.folder.quantize import dequantize, quantization_of
 from sheeprlhf.model.folder.weights import saved_dtype
@@ -473,9 +474,12 @@ def check_adapted(model: PeftModel, cfg: LORAConfig) -> None:
         )
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """Names of the linear layers, with or without adapters."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers, with or without adapters; those that text passes through."""
+    parts = (model.get_decoder(), model.get_output_embeddings()) if has_other_parts(model) else (model,)
+    passed = {module for part in parts if part is not None for module in part.modules()}
+    linear = (nn.Linear, Conv1D)
+    names = [name for name, module in model.named_modules() if isinstance(module, linear) and module in passed]
     return [name.removesuffix(".base_layer") for name in names if ".lora_" not in name]
 
 
@@ -571,9 +575,16 @@ def add_lora(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None
     return adapted
 
 
-def _target_modules(model: nn.Module, cfg: LORAConfig) -> str | list[str]:
+def _target_modules(model: PreTrainedModel, cfg: LORAConfig) -> str | list[str]:
     """The targets as PEFT takes them: regular expressions become names, so that a saved adapter has none."""
     targets, names = parse_targets(cfg.targets), linear_names(model)
+    if has_other_parts(model):  # whose layers have the same names: PEFT gets whole names
+        head, layers = model.get_output_embeddings(), set(map(str, cfg.layers_to_transform))
+        if isinstance(targets, str):
+            names = [name for name in names if model.get_submodule(name) is not head]
+        else:
+            names = [name for name in names if any(matching_names(target, [name]) for target in targets)]
+        return [name for name in names if not layers or layers & set(name.split("."))]
     if isinstance(targets, str):  # PEFT takes it for all layers only
         return sorted({name.rsplit(".", 1)[-1] for name in names}) if cfg.layers_to_transform else targets
     return sorted(

@@ -81,6 +81,11 @@ def _passes_window(model: PreTrainedModel) -> bool:
     return all("sliding_window=" in source for source in sources if "attention_interface(" in source)
 
 
+def has_other_parts(model: PreTrainedModel) -> bool:
+    """True if a model has parts besides its decoder and head, for images or sound, which text does not pass through."""
+    return model.config.get_text_config() is not model.config and model.get_decoder() is not model
+
+
 def is_recurrent(model: PreTrainedModel) -> bool:
     """True if a model has layers that carry a state from token to token besides attention's keys and values."""
     linear = "linear_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())

@@ -23,7 +23,7 @@ from sheeprlhf.config.path_checks import is_template_file
 from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.model.attention import register, use_packed_attention
 from sheeprlhf.model.folder.account import HEAD
-from sheeprlhf.model.folder.architecture import use_frequencies_of_rows
+from sheeprlhf.model.folder.architecture import has_other_parts, use_frequencies_of_rows
 from sheeprlhf.model.folder.embedding_rows import add_rows, too_few_rows
 from sheeprlhf.model.folder.quantize import keep_quantization
 from sheeprlhf.model.folder.weights import find_files, find_weights, from_checked_files, read_config, read_model
@@ -127,6 +127,10 @@ def load_causal_lm(
         use_packed_attention(model)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if has_other_parts(model):
+        model.requires_grad_(False)  # DDP waits for the gradients of all others
+        for part in (model.get_decoder(), _head(model)):
+            part.requires_grad_(True)
     if cfg.freeze_transformer:
         _train_head_alone(model, cfg)
     if cfg.embedding_dim_name is not None:

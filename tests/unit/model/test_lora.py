@@ -322,3 +322,25 @@ def test_every_tensor_of_an_adapter_is_accounted_for(change: str, tmp_path: Path
     model = load_causal_lm(ModelConfig(config_name="auto", repo_name=str(model_folder())), vocabulary=VOCAB, longest=64)
     with pytest.raises(ModelError, match=f"adapters cannot be loaded.*{name}"):
         load_lora(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (dict(targets="all-linear"), 14),
+        (dict(targets=["q_proj"]), 2),
+        (dict(targets=["q_proj"], layers_to_transform=[1]), 1),
+        (dict(targets="all-linear", layers_to_transform=[0]), 7),
+    ],
+)
+def test_only_what_text_passes_through_is_trained(
+    options: dict[str, Any], expected: int, model_folder: ModelFolder
+) -> None:
+    """A part for images has layers of the same names; where a weight gets no gradient, DDP ends with an error."""
+    model = loaded(model_folder("gemma3"))
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    model(input_ids=IDS).logits.sum().backward()
+    assert trained == {name for name, weight in model.named_parameters() if weight.grad is not None}
+    assert trained and any("vision" in name for name, _ in model.named_parameters())
+    adapters = [name for name, _ in add_lora(model, LORAConfig(**options)).named_parameters() if "lora_A" in name]
+    assert len(adapters) == expected and not any("vision" in name for name in adapters)
