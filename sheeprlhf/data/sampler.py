@@ -27,8 +27,12 @@ class StepPlan(NamedTuple):
         return -(-self.num_rows // self.rows_per_step)
 
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of all epochs."""
         return self.epochs * self.steps_per_epoch()
+
+    def end(self) -> int:
+        """The first optimizer step after those of the plan."""
+        return self.first_step + self.num_steps()
 
     def epoch_of(self, step: int) -> int:
         """The epoch, counted from 0, that optimizer step `step` (from 0) belongs to."""
@@ -62,7 +66,7 @@ class RolloutPlan(NamedTuple):
 
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        steps = self.steps_before(self.prompts.first_step + self.prompts.num_steps())
+        steps = self.steps_before(self.prompts.end())
         return steps if self.max_num_steps is None else min(steps, self.max_num_steps)
 
     def steps_before(self, number: int) -> int:

@@ -142,6 +142,7 @@ class RolloutServers:
         self._transfers: dict[str, WeightTransfer] = {}  # with rollout.sync=nccl, of servers that have joined a group
         self._state: dict[str, Any] = {}  # the weights that they get
         self._pending: dict[int, _Pending] = {}  # by the number of the rollout
+        self._saved_before = 0  # rollout that follows the newest checkpoint
         self.staleness, self.was_pending = 0, False
         self.speeds: dict[str, float] = {}
         self._speed_watch = SpeedWatch(say)
@@ -201,7 +202,7 @@ class RolloutServers:
 
     def finish(self) -> None:
         """All ranks, after the last rollout: remove what was written for the servers, and the rollouts."""
-        self.forget_before(_PER_RUN)
+        self._forget_before(_PER_RUN)
         if self._fabric.is_global_zero:
             with suppress(OSError):
                 (self._run_dir / _KEPT).rmdir()
@@ -311,7 +312,8 @@ class RolloutServers:
 
         Those before rollout `first` are removed.
         """
-        self.forget_before(first)
+        self._forget_before(first)
+        self._saved_before = first
         found: dict[int, _Pending] = {}
         for number, path in self._kept():
             try:
@@ -322,8 +324,20 @@ class RolloutServers:
         for number, (weights_of, key) in facts.items():
             self._pending[number] = found.get(number, _Pending(weights_of, key, Future()))
 
-    def forget_before(self, number: int) -> None:
-        """All ranks: remove the rollouts before this one from the run directory; a checkpoint comes after them."""
+    @contextmanager
+    def saving(self, following: int) -> Iterator[None]:
+        """All ranks, around the writing of a checkpoint, from which a run goes on with rollout `following`.
+
+        It comes with all rollouts that older weights sample. Those before it are removed after it is written; one that
+        is written in the background may not be complete then, so the checkpoint before it counts.
+        """
+        self.finish_pending()
+        yield
+        self._forget_before(self._saved_before if self._cfg.task.async_checkpoints else following)
+        self._saved_before = following
+
+    def _forget_before(self, number: int) -> None:
+        """All ranks: remove the rollouts before this one from the run directory."""
         for kept, path in self._kept():
             if kept % _PER_RUN < number:
                 remove_folder(path)

@@ -5,6 +5,7 @@ classes (`RolloutSourceConfig.source`) and imported only where they are used.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,14 +34,11 @@ class ServerSource(Protocol):
     def sample_ahead(self, later: Mapping[int, tuple[Sequence[np.ndarray], np.ndarray]], weights_of: int) -> None:
         """Sample later rollouts in the background, which are pending until `sample` takes them."""
 
-    def finish_pending(self) -> None:
-        """Wait for the rollouts that are sampled in the background; errors are raised by `sample`."""
-
     def restore(self, first: int) -> None:
         """Before the first rollout, `first`, of this process: take those that a stopped process has sampled."""
 
-    def forget_before(self, number: int) -> None:
-        """After a checkpoint: remove the kept rollouts before this one."""
+    def saving(self, following: int) -> AbstractContextManager[None]:
+        """Around the writing of a checkpoint, from which a run goes on with rollout `following`."""
 
     def check(self, tokens: Mapping[str, Sequence[np.ndarray]]) -> dict[str, float]:
         """Compare log-probabilities by the servers ("sampled") and the trainer ("logprobs"); return metrics."""

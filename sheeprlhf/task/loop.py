@@ -150,24 +150,18 @@ class TrainLoop:
 
     def _loaded(self, numbers: range) -> Iterator[tuple[int, Any]]:
         """Yield the numbers of steps with their batches; with `data.streaming`, open one shard after the other."""
-        num_workers = self.run.cfg.task.num_workers
-
-        def load(part: range) -> Iterator[tuple[int, Any]]:
-            batches = load_ahead(lambda number: self.load(self.plan.rows_of_step(number)), part, num_workers)
-            return zip(part, batches, strict=True)
-
-        if self.stream is None:
-            yield from load(numbers)
-            return
-        with closing(self.stream):
+        stream, num_workers = self.stream, self.run.cfg.task.num_workers
+        with nullcontext() if stream is None else closing(stream):
             while True:
-                number, end = self.plan.first_epoch, self.plan.first_step + self.plan.steps_per_epoch()
-                if end < numbers.stop:
-                    self.stream.prepare_ahead(number + 1)
-                yield from load(range(max(self.plan.first_step, numbers.start), min(end, numbers.stop)))
+                end = self.plan.end()
+                if stream is not None and end < numbers.stop:
+                    stream.prepare_ahead(self.plan.first_epoch + 1)
+                part = range(max(self.plan.first_step, numbers.start), min(end, numbers.stop))
+                batches = load_ahead(lambda number: self.load(self.plan.rows_of_step(number)), part, num_workers)
+                yield from zip(part, batches, strict=True)
                 if end >= numbers.stop:
                     return
-                self._open_shard(number + 1, end)
+                self._open_shard(self.plan.first_epoch + 1, end)
 
     def _open_shard(self, number: int, first_step: int) -> None:
         """Train on shard `number` of the stream from `first_step` on.
@@ -374,7 +368,6 @@ class RolloutLoop:
         if stream is not None:  # at least; the sizes of later shards are not known
             num_rollouts = -(-total // whole.steps_of_full_rollout())
         saved, servers = saved_rollouts(num_rollouts, task.save_rollouts), self.collect.servers
-        self._saved_before = first
         if servers is not None:
             servers.restore(first)
         for number, plan, stop in self._rollouts(whole, total):
@@ -462,13 +455,8 @@ class RolloutLoop:
             self._record_validation()
         last = last or task.stops_early(state.stale_validations)
         save, servers = due(task.save_interval) or state.best_step == state.step, self.collect.servers
-        if save and servers is not None:  # a checkpoint comes with all rollouts that older weights sample
-            servers.finish_pending()
-        run.end_step(save=save, last=last)
-        if save and servers is not None:  # one that is written in the background may not be complete: the one before is
-            after = iteration.number + 1
-            servers.forget_before(self._saved_before if task.async_checkpoints else after)
-            self._saved_before = after
+        with servers.saving(iteration.number + 1) if save and servers is not None else nullcontext():
+            run.end_step(save=save, last=last)
 
     @contextmanager
     def _saved_at_server_errors(self) -> Iterator[None]:

@@ -42,6 +42,7 @@ def test_without_shuffling_every_epoch_has_the_order_of_the_rows() -> None:
 def test_a_plan_that_begins_later_counts_from_its_first_step_and_epoch() -> None:
     """Step 13 is the fourth of its plan: the first step of the epoch after epoch 4."""
     plan, start = StepPlan(8, 3, epochs=2, seed=1, first_step=10, first_epoch=4), StepPlan(8, 3, epochs=6, seed=1)
+    assert plan.end() == 16
     assert [plan.epoch_of(step) for step in range(10, 16)] == [4, 4, 4, 5, 5, 5]
     assert [plan.epochs_before(step) for step in (10, 13, 16)] == [4.0, 5.0, 6.0]
     assert plan.epochs_before(14) == pytest.approx(5 + 1 / 3, abs=1e-12)
