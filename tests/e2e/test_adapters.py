@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,9 @@ from sheeprlhf.cli import run
 from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.task.models import load_policy_from_run
+from tests.support.models import ModelFolder
 from tests.support.runs import exit_code, killed, result_of, train, train_words, write_pairs
 
-ModelFolder = Callable[..., Path]
 IDS = torch.arange(5, 30)[None]
 LORA = "model.finetune_mode=LORA"
 FROZEN = ["optim.lr=0", "task.max_num_steps=2"]

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +34,11 @@ from sheeprlhf import (
 from sheeprlhf.apps.pipeline import Children
 from sheeprlhf.engine.rundir import is_finished
 from sheeprlhf.utils.errors import ConfigError, DataError, Interrupted, SheepError
+from tests.support.models import ModelFolder
 from tests.support.plain import response_logprobs
 from tests.support.runs import train_words, write_pairs, write_rows
 
 ROOT = Path(__file__).parents[2]
-ModelFolder = Callable[..., Path]
 
 
 def words(folder: Path, model: Path, *extra: str) -> list[str]:

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,8 @@ import pytest
 from sheeprlhf.cli import run
 from sheeprlhf.task.train.best_of_n import RowWriter
 from tests.support.jobs import JobServer
+from tests.support.models import ModelFolder
 from tests.support.runs import digests, exit_code, write_rows
-
-ModelFolder = Callable[..., Path]
 
 
 def words(model: Path, data: Path, run_dir: Path, *extra: str) -> list[str]:

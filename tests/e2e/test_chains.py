@@ -16,10 +16,10 @@ from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.engine.optim import lr_factor
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.task.models import load_policy_from_run, load_trained_reward_model
+from tests.support.models import ModelFolder
 from tests.support.plain import response_logprobs
 from tests.support.runs import digests, exit_code, figures_at, result_of, train, train_words, write_pairs, write_rows
 
-ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"]
 MODES = {"ALL": [], "LORA": LORA}
 CHAINS = [("ALL", "LORA"), ("LORA", "LORA")]

@@ -6,7 +6,6 @@ import shutil
 import signal
 import string
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,11 @@ from sheeprlhf.structure.rollout import GRPOConfig
 from sheeprlhf.task.train.grpo import grpo_loss
 from tests.support.environments import Lengths, calls_of_even_texts
 from tests.support.jobs import JobServer
-from tests.support.models import byte_tokenizer
+from tests.support.models import ModelFolder, byte_tokenizer
 from tests.support.plain import response_logprobs
 from tests.support.runs import exit_code, figures, rejected, train, train_words
 from tests.support.talking import TEMPLATE
 
-ModelFolder = Callable[..., Path]
 WORDS = [
     "rollout.environment=tests.support.environments:Lengths",
     "reward.path=environment",

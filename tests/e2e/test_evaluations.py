@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +17,10 @@ from sheeprlhf.cli import run
 from sheeprlhf.task.eval import reward
 from sheeprlhf.task.eval.load import kl_of_responses
 from sheeprlhf.task.eval.reward import expected_best
+from tests.support.models import ModelFolder
 from tests.support.rewards import letters
 from tests.support.runs import train, write_pairs
 
-ModelFolder = Callable[..., Path]
 LETTERS = ["reward=function", "reward.path=tests.support.rewards:letters", "generation.max_new_tokens=6"]
 NAME = "reward-tests.support.rewards.letters-test"
 KEYS = {

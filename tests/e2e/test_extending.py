@@ -3,12 +3,12 @@
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.jobs import JobServer
+from tests.support.models import ModelFolder
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -53,7 +53,7 @@ def test_the_page_has_an_example_of_each_kind() -> None:
 
 
 @pytest.mark.slow
-def test_every_command_works(server: JobServer, folder: Path, model_folder: Callable[..., Path]) -> None:
+def test_every_command_works(server: JobServer, folder: Path, model_folder: ModelFolder) -> None:
     program, *words = next(command for command in COMMANDS if "my_sheep.py show" in command).split()
     assert program == "python"
     (folder / "program.json").write_text(json.dumps(words))

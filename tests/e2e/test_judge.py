@@ -4,7 +4,6 @@ import json
 import re
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,9 +12,9 @@ import pytest
 from sheeprlhf.cli import run
 from tests.e2e.test_online import figures
 from tests.support.judge_server import judge_server
+from tests.support.models import ModelFolder
 from tests.support.runs import train_words, write_rows
 
-ModelFolder = Callable[..., Path]
 KEY = "a-key-of-nobody-1234567890"
 
 

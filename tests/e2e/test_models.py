@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.compatibility import NAMES, published_rows, row_of
 from tests.support.hub import serve
+from tests.support.models import ModelFolder
 from tests.support.runs import write_pairs
 
 
@@ -37,7 +37,7 @@ PROGRAM = Path(__file__).parents[2] / "sheeprlhf.py"
 
 
 @pytest.mark.nightly
-def test_the_first_example_from_a_hub_and_without_it(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+def test_the_first_example_from_a_hub_and_without_it(tmp_path: Path, model_folder: ModelFolder) -> None:
     model, data = tmp_path / "model", tmp_path / "data"
     shutil.copytree(model_folder("opt"), model, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(AutoModelForCausalLM.from_pretrained(model_folder("opt")).state_dict(), model / "pytorch_model.bin")

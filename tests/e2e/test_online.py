@@ -1,7 +1,6 @@
 """RL tasks as a user runs them: what a run leaves, from which runs it starts, what its first step says, engines."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from sheeprlhf.cli import run
 from sheeprlhf.task import loop
+from tests.support.models import ModelFolder
 from tests.support.runs import figures, train, train_words, write_pairs, write_rows
 
-ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4"]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,9 @@ from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.model import TinyConfig
 from sheeprlhf.task.models import load_initial_policy
 from sheeprlhf.utils.errors import ConfigError
+from tests.support.models import ModelFolder
 from tests.support.runs import figures, rejected, train, train_words, write_labelled, write_pairs
 
-ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.0"]
 AT_ZERO = {  # the loss of a pair that policy and reference like alike, beta 0.1
     "sigmoid": math.log(2),

@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.task.text_generator import load_reward_scorer, load_text_generator
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.rendering import FILE
-from tests.support.models import byte_tokenizer, make_model_folder
+from tests.support.models import ModelFolder, byte_tokenizer, make_model_folder
 from tests.support.runs import figures, rejected, train, train_words, write_rows
 
 TEMPLATE = (
@@ -158,7 +157,6 @@ def test_a_bias_of_a_reward_head_is_reported_by_value(tmp_path: Path, capsys: py
     assert float(executed(card, tmp_path / "out")) == pytest.approx(logits + 0.7, abs=1e-5)
 
 
-ModelFolder = Callable[..., Path]
 LENGTH = ("reward.path=length", "reward.target_length=3")
 
 

@@ -1,6 +1,5 @@
 """Runs on quantised base models: what they save, resume, export, start from and share."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from sheeprlhf.cli import run
 from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.task.models import load_policy_from_run
+from tests.support.models import ModelFolder
 from tests.support.runs import figures, killed, result_of, train, train_words, write_pairs, write_rows
 
 pytest.importorskip("bitsandbytes")
 
-ModelFolder = Callable[..., Path]
 IDS = torch.arange(5, 30)[None]
 NF4 = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.quantization=nf4", "optim.lr=0.02"]
 

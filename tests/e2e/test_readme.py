@@ -9,7 +9,6 @@ import subprocess
 import sys
 import venv
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sheeprlhf.cli import run
+from tests.support.models import ModelFolder
 from tests.support.runs import train, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -50,9 +50,7 @@ def test_the_first_two_commands_install_train_and_test() -> None:
 
 
 @pytest.mark.slow
-def test_every_other_command_works(
-    tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_other_command_works(tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "my.jsonl")
     finished = train(model_folder(), tmp_path / "my.jsonl", tmp_path / "run", "task.max_num_steps=1")

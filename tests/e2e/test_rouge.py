@@ -1,7 +1,6 @@
 """`eval task=rouge` from the command line: the text of an argmax loop, the scores of rouge-score, for any batches."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.cli import run
 from sheeprlhf.task.eval.rouge import ROUGE_TYPES
+from tests.support.models import ModelFolder
 from tests.support.runs import exit_code, train, write_rows
 
-ModelFolder = Callable[..., Path]
 NEW_TOKENS = 24
 
 

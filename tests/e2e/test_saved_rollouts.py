@@ -1,7 +1,6 @@
 """`task.save_rollouts` against plain transformers and hand-computed advantages; speed, memory and epoch in the log."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.task import loop
 from sheeprlhf.task.finish import saved_rollouts
+from tests.support.models import ModelFolder
 from tests.support.plain import response_logprobs
 from tests.support.rewards import letters
 from tests.support.runs import figures, train, write_rows
 
-ModelFolder = Callable[..., Path]
 SHORT = ["task.max_num_steps=12", "task.save_interval=4"]  # three rollouts of 12 prompts with 2 responses each
 TERM = "reward/tests.support.rewards:letters"
 

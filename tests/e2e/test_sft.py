@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.cli import run
+from tests.support.models import ModelFolder
 from tests.support.plain import response_logprobs
 from tests.support.runs import digests, figures_at, killed, result_of, train, write_rows
-
-ModelFolder = Callable[..., Path]
 
 
 def test_a_run_leaves_what_the_readme_says(

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +11,9 @@ from torch.testing import assert_close
 
 from sheeprlhf.data.prepare import Stream
 from tests.support.jobs import JobServer
+from tests.support.models import ModelFolder
 from tests.support.runs import WRITERS, digests, figures, killed, rejected, result_of, train, train_words
 
-ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4"]
 
 

@@ -3,16 +3,16 @@
 import importlib
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sheeprlhf.engine.step import update
+from tests.support.models import ModelFolder
 from tests.support.runs import result_of, train, write_rows
 
-ModelFolder = Callable[..., Path]
 Points = dict[tuple[str, int], list[float]]
 SECRET = "a-secret-word-of-mine"
 

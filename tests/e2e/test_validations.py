@@ -2,16 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from torch.testing import assert_close
 
 from sheeprlhf.config.registry import choices
+from tests.support.models import ModelFolder
 from tests.support.runs import WRITERS, exit_code, figures_at, killed, result_of, train, train_words, write_rows
 
-ModelFolder = Callable[..., Path]
 STOP = ["task.early_stopping_metric=nll", "task.early_stopping_patience=2", "task.eval_interval=2"]
 STILL = ["optim.lr=1e-30", "optim.weight_decay=0"]  # no weight changes
 

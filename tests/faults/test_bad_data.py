@@ -26,6 +26,7 @@ from sheeprlhf.data.report import render_report
 from sheeprlhf.structure.task import DPOConfig
 from sheeprlhf.task.train.dpo import dpo_loss
 from sheeprlhf.task.train.sft import sft_loss
+from tests.support.models import ModelFolder
 from tests.support.runs import figures_at
 from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts
 
@@ -446,7 +447,7 @@ def words(model: Path, file: Path, folder: Path, *more: str, task: str = "sft") 
 
 @pytest.mark.parametrize("only", [False, True])
 def test_training_on_what_is_left(
-    only: bool, model_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    only: bool, model_folder: ModelFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every bad row that can be read, in one file; and a file with a single row and nothing to validate on."""
     rows = [

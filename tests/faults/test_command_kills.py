@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM
 from tests.faults.test_kill import print_row
 from tests.support.hub import serve
 from tests.support.jobs import Job, JobServer
+from tests.support.models import ModelFolder
 from tests.support.past_runs import make_past_run
 from tests.support.pipelines import write_recipe
 from tests.support.runs import train, write_pairs, write_rows
 
-ModelFolder = Callable[..., Path]
 Files = dict[str, bytes]
 CHAIN = """\
 # @package _global_

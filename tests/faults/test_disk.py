@@ -25,9 +25,9 @@ from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.utils.errors import CheckpointError
 from tests.support.jobs import JobServer
 from tests.support.machines import fill, read_only, small_disk
+from tests.support.models import ModelFolder
 from tests.support.runs import exit_code, result_of, train, train_words, write_rows
 
-ModelFolder = Callable[..., Path]
 LIMIT = """
 import resource, signal
 import sheeprlhf.task.loop as loop

@@ -13,7 +13,6 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +20,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.jobs import ColdJob, Job, JobServer, RanksJob, site
+from tests.support.models import ModelFolder
 from tests.support.runs import WRITERS, train_words
 from tests.support.scenarios import SCENARIOS
 
-ModelFolder = Callable[..., Path]
 LAST = 24
 COLD_EVERY = 8  # one start in so many is `python sheeprlhf.py`
 AIMED_SHARE = 0.48  # kills are aimed while fewer than this were inside a save: not every aimed one hits

@@ -18,9 +18,8 @@ import sheeprlhf.agent.policy
 import sheeprlhf.task.loop
 import sheeprlhf.task.train.sft
 from sheeprlhf.cli import run
+from tests.support.models import ModelFolder
 from tests.support.runs import digests, exit_code, train, train_words, write_rows
-
-ModelFolder = Callable[..., Path]
 
 
 def cuda_is_full(*_: Any, **__: Any) -> NoReturn:

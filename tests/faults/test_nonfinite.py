@@ -26,9 +26,9 @@ from sheeprlhf.rollout.rollout import RolloutCollector
 from sheeprlhf.task.train import dpo, ppo, rm, sft
 from tests.faults.test_resume import without_time
 from tests.support.jobs import JobServer
+from tests.support.models import ModelFolder
 from tests.support.runs import WRITERS, digests, killed, result_of, train, train_words, write_rows
 
-ModelFolder = Callable[..., Path]
 Spoil = Callable[[Tensor], Tensor]  # makes what it is given non-finite
 SAVES = ["task.save_interval=2", "task.keep_checkpoints=99"]
 BAD = 40  # the row whose numbers are spoilt

@@ -19,6 +19,7 @@ from sheeprlhf.cli import run
 from sheeprlhf.engine.checkpoint import read_state
 from sheeprlhf.engine.manifest import MANIFEST, read_manifest, write_manifest
 from sheeprlhf.security.json_records import MAX_DEPTH
+from tests.support.models import ModelFolder
 from tests.support.past_runs import make_past_run, write_evaluation
 from tests.support.pipelines import Pretended, pipeline, write_recipe
 from tests.support.runs import killed, train_words, write_rows
@@ -170,7 +171,7 @@ def rehash(folder: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_all_readers_of_a_real_run(outcome, tmp_path: Path, model_folder: Callable[..., Path], monkeypatch) -> None:
+def test_all_readers_of_a_real_run(outcome, tmp_path: Path, model_folder: ModelFolder, monkeypatch) -> None:
     """Resume, evaluate, export and chat, with each file of a real run damaged in turn."""
     rows, whole = write_rows(tmp_path / "rows.jsonl"), tmp_path / "whole"
     amount = int(os.environ.get("TRIALS", "12"))

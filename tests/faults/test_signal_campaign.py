@@ -11,7 +11,6 @@ import random
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -21,11 +20,11 @@ import pytest
 from sheeprlhf.engine.checkpoint import latest_checkpoint, saved_steps
 from tests.faults.test_kill import LAST, Victim, differing_bytes, print_row
 from tests.support.jobs import Job, JobServer
+from tests.support.models import ModelFolder
 from tests.support.phases import BEFORE, Moment, durations, last_moment, setup, wait_until_in
 from tests.support.runs import WRITERS, train_words
 from tests.support.scenarios import LORA
 
-ModelFolder = Callable[..., Path]
 TWICE = "SIGINT twice"
 KINDS = {
     "SIGTERM": signal.SIGTERM,

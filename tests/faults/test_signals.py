@@ -4,16 +4,15 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from tests.support.jobs import Job, JobServer
+from tests.support.models import ModelFolder
 from tests.support.runs import digests, result_of, train_words, write_rows
 
-ModelFolder = Callable[..., Path]
 PAUSE = """
 import itertools, sys, time
 import sheeprlhf.task.loop as loop

@@ -4,17 +4,16 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sheeprlhf.cli import run
 from tests.support.jobs import JobServer
+from tests.support.models import ModelFolder
 from tests.support.past_runs import make_past_run
 from tests.support.runs import digests, killed, result_of, train, train_words, write_rows
 
-ModelFolder = Callable[..., Path]
 SHORT = ["task.epochs=1", "task.num_sample_prompts=0"]  # 8 steps
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"]
 

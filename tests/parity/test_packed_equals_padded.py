@@ -3,7 +3,6 @@
 `tests/unit/agent/test_batching.py` compares both with plain forward passes.
 """
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,9 @@ from sheeprlhf.structure.task import DPOConfig
 from sheeprlhf.task.train.dpo import dpo_loss
 from sheeprlhf.task.train.rm import rm_loss
 from tests.support.batches import random_examples
-from tests.support.models import ARCHITECTURES, EOS, PAD
+from tests.support.models import ARCHITECTURES, EOS, PAD, ModelFolder
 
 PACKABLE = [name for name in ARCHITECTURES if name != "falcon"]
-ModelFolder = Callable[..., Path]
 
 
 def policy_of(folder: Path, **options: Any) -> Policy:

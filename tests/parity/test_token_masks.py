@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from sheeprlhf.task.reference import sum_by_response
 from sheeprlhf.task.train.sft import sft_loss
 from sheeprlhf.utils.chat_templates import FOLDER, SUFFIX
 from sheeprlhf.utils.errors import DataError
+from tests.support.models import ModelFolder
 from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, piece_tokenizer, prepare, texts
 
 # Thoughts of every turn stay; "yes" is no text of any message.
@@ -34,7 +34,6 @@ CHAT = (
 )
 END = "</s>"
 CHANNEL = ("<|channel|>analysis<|message|>", "<|end|>")
-ModelFolder = Callable[..., Path]
 
 
 def talk(*, tagged: bool = False) -> list[dict[str, Any]]:

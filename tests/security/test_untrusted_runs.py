@@ -24,6 +24,7 @@ from sheeprlhf.structure.run import AdamWConfig, FabricConfig, TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import ConfigError, UnsafePathError
 from sheeprlhf.utils.output import create_file, make_folder, open_append, open_lock_file, safe_path, write_file
+from tests.support.models import ModelFolder
 from tests.support.past_runs import make_past_run
 from tests.support.pipelines import STAGES, Pretended, folders, pipeline, write_recipe
 from tests.support.runs import exit_code, train_words, write_rows
@@ -46,9 +47,7 @@ def modes(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def words_and_run(
-    model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[str], Path, Path]:
+def words_and_run(model_folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path, Path]:
     """The words of a run of two steps without its directory, the run as if killed before its end, and its cache."""
     folder = tmp_path_factory.mktemp("untrusted")
     data, run_dir, cache = write_rows(folder / "rows.jsonl", 12), folder / "run", folder / "cache"

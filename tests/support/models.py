@@ -1,11 +1,13 @@
 """Tiny random models of every supported architecture, in the hub's folder layout, made without a network."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+ModelFolder = Callable[..., Path]  # what the fixture `model_folder` is
 PAD, BOS, EOS = 256, 257, 258
 VOCAB = 260
 _COMMON = dict(vocab_size=VOCAB, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)

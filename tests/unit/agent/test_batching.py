@@ -23,10 +23,9 @@ from sheeprlhf.rollout.sampler import engine_of, sample_responses
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.utils.errors import ModelError
-from tests.support.models import ARCHITECTURES, EOS, EXPERTS, FAMILIES, UNPACKED, make_model_folder
+from tests.support.models import ARCHITECTURES, EOS, EXPERTS, FAMILIES, UNPACKED, ModelFolder, make_model_folder
 from tests.support.plain import response_logprobs
 
-ModelFolder = Callable[..., Path]
 SCORED = (
     "gemma3_text",
     "qwen3_5_text",

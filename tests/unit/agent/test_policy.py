@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,9 +33,7 @@ from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
 from sheeprlhf.structure.model import AutoModelConfig, LORAConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from tests.support.batches import random_examples
-from tests.support.models import ARCHITECTURES
-
-ModelFolder = Callable[..., Path]
+from tests.support.models import ARCHITECTURES, ModelFolder
 
 
 def load(folder: Path, *, longest: int = 64, batching: str = "auto", **options: Any) -> Policy:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from sheeprlhf.apps import doctor
 from sheeprlhf.cli import run
 from sheeprlhf.structure.run import FabricConfig
+from tests.support.models import ModelFolder
 from tests.support.runs import write_rows
 
-ModelFolder = Callable[..., Path]
 PREFERENCE_WORDS = {"sft": "task=sft", "rm": "task=rm", "dpo": "task=dpo", "simpo": "task=dpo task.loss_type=simpo"}
 TOPICS = ["versions", "device", "precision", "hub", "caches", "data", "model", "attention", "disk", "memory"]
 

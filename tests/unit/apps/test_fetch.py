@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sheeprlhf.model.locate import Located
 from sheeprlhf.structure.model import OPTConfig, SmolLM2Config
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.home import SMOLLM2
+from tests.support.models import ModelFolder
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_pickled_weights_are_fetched_where_there_are_no_others_and_converted(
     models: Path,
     reachable: list[dict[str, Any]],
     tmp_path: Path,
-    model_folder: Callable[..., Path],
+    model_folder: ModelFolder,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -150,7 +151,7 @@ def opt_of_the_hub(opt: Path, place: Path) -> Path:
 
 
 def test_pickled_weights_in_the_hubs_cache_are_enough_without_the_hub(
-    models: Path, tmp_path: Path, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    models: Path, tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     snapshot = opt_of_the_hub(model_folder("opt"), tmp_path)
     run(["fetch", "model=opt"])

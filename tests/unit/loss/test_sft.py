@@ -1,6 +1,6 @@
 """Cross-entropy against hand-computed numbers, and the router's loss of a mixture of experts against transformers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import FabricConfig
 from sheeprlhf.task.train.sft import router_loss_of, router_loss_of_step, sft_loss
 from tests.support.batches import random_examples
-from tests.support.models import EXPERTS
+from tests.support.models import EXPERTS, ModelFolder
 
 
 def test_plain_loss_is_minus_the_logprob() -> None:
@@ -44,7 +44,6 @@ def test_smoothing_without_the_mean_is_refused() -> None:
         cross_entropy(torch.zeros(1), label_smoothing=0.1)
 
 
-ModelFolder = Callable[..., Path]
 CUTS = ([(0, 1, 2, 3, 4)], [(0,), (1, 2), (), (3, 4)])
 
 

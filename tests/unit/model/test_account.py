@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -21,9 +20,8 @@ from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
 from sheeprlhf.model.folder.weights import check_weights
 from sheeprlhf.structure.model import AutoModelConfig, HuggingFaceConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
-from tests.support.models import PAD, VOCAB, byte_tokenizer, make_model_folder
+from tests.support.models import PAD, VOCAB, ModelFolder, byte_tokenizer, make_model_folder
 
-ModelFolder = Callable[..., Path]
 WEIGHTS = "model.safetensors"
 
 

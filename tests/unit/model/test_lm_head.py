@@ -1,6 +1,5 @@
 """Log-probabilities at the head, and a last block that computes the needed positions alone."""
 
-from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from sheeprlhf.model.folder.load import load_causal_lm
 from sheeprlhf.model.lm_head import backbone_and_head, head_logprobs, logprobs_from_logits
 from sheeprlhf.structure.model import ModelConfig
 from tests.support.batches import random_examples
-from tests.support.models import VOCAB
+from tests.support.models import VOCAB, ModelFolder
 
 
 def reference(
@@ -156,7 +155,7 @@ def positions_seen(policy: Policy) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("architecture", list(LAST_MLP))
-def test_only_the_last_one_and_only_where_the_head_runs(architecture: str, model_folder: Callable[..., Path]) -> None:
+def test_only_the_last_one_and_only_where_the_head_runs(architecture: str, model_folder: ModelFolder) -> None:
     seen, layout = positions_seen(policy_of(model_folder(architecture))), BATCH.layout
     assert layout is not None and layout.num_tokens == BATCH.input_ids_BT.shape[1]
     tails, last = len(layout.tail_index), LAST_MLP[architecture]
@@ -165,7 +164,7 @@ def test_only_the_last_one_and_only_where_the_head_runs(architecture: str, model
 
 
 @torch.no_grad()
-def test_multiplications(model_folder: Callable[..., Path]) -> None:
+def test_multiplications(model_folder: ModelFolder) -> None:
     """By hand: of the last block all tokens compute keys and values only."""
     policy, layout = policy_of(model_folder("llama")), BATCH.layout
     assert layout is not None
@@ -192,7 +191,7 @@ def test_tails_begin_with_the_first_token_that_is_read(targets: str, tails: tupl
     assert layout.tail_index.tolist() == [i for end, n in zip(ends, tails, strict=True) for i in range(end - n, end)]
 
 
-def test_not_under_gradient_checkpointing(model_folder: Callable[..., Path]) -> None:
+def test_not_under_gradient_checkpointing(model_folder: ModelFolder) -> None:
     seen = positions_seen(policy_of(model_folder("llama"), gradient_checkpointing=True).train())
     assert seen["layers.1.mlp"] == BATCH.input_ids_BT.shape[1]
 
@@ -200,7 +199,7 @@ def test_not_under_gradient_checkpointing(model_folder: Callable[..., Path]) -> 
 @pytest.mark.parametrize("targets", ["response", "last"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 def test_values_and_gradients(
-    architecture: str, targets: str, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    architecture: str, targets: str, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = policy_of(model_folder(architecture))
     batch = collate_packed(random_examples(4, 2), targets=targets)
@@ -216,7 +215,7 @@ def test_values_and_gradients(
     assert_close(trimmed, loss_and_gradients(), rtol=0, atol=1e-6)
 
 
-def test_afterwards_and_for_other_kinds_of_layer_nothing_is_left(model_folder: Callable[..., Path]) -> None:
+def test_afterwards_and_for_other_kinds_of_layer_nothing_is_left(model_folder: ModelFolder) -> None:
     backbone, _ = backbone_and_head(policy_of(model_folder("llama")).causal_lm())
     layout = BATCH.layout
     assert layout is not None

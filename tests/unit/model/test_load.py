@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ from sheeprlhf.agent.reward import reward_model_of
 from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
 from sheeprlhf.structure.model import HuggingFaceConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
-from tests.support.models import ARCHITECTURES, VOCAB, byte_tokenizer
-
-ModelFolder = Callable[..., Path]
+from tests.support.models import ARCHITECTURES, VOCAB, ModelFolder, byte_tokenizer
 
 
 def config(name: str | Path, **options: Any) -> ModelConfig:

@@ -1,7 +1,6 @@
 """Adapters: where they go, what trains, and their formula."""
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from sheeprlhf.security.model_folder import MERGED
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from tests.security.guard import Payload
-from tests.support.models import VOCAB, byte_tokenizer
+from tests.support.models import VOCAB, ModelFolder, byte_tokenizer
 
-ModelFolder = Callable[..., Path]
 LLAMA_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 IDS = torch.arange(11)[None]
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,9 @@ from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.run import AdamConfig, AdamWConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.utils.processes import reliable_sigint
 from tests.support.batches import random_examples
-from tests.support.models import ARCHITECTURES
+from tests.support.models import ARCHITECTURES, ModelFolder
 from tests.support.runs import train_words
 
-ModelFolder = Callable[..., Path]
 ROOT = Path(__file__).parents[3]
 
 

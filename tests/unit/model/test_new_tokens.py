@@ -1,6 +1,5 @@
 """New tokens: their rows begin as the mean, train beside adapters, and are saved for plain transformers and PEFT."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.vocabulary import missing_tokens
+from tests.support.models import ModelFolder
 
-ModelFolder = Callable[..., Path]
 NEW = ["<|a|>", "<|b|>"]  # ids 259, a spare row of the model, and 260, which has none
 IDS = torch.tensor([[5, 259, 7, 260]])
 

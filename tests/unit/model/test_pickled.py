@@ -17,9 +17,8 @@ from sheeprlhf.model.folder.load import load_causal_lm
 from sheeprlhf.model.folder.weights import check_weights
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
-from tests.support.models import VOCAB
+from tests.support.models import VOCAB, ModelFolder
 
-ModelFolder = Callable[..., Path]
 PICKLED, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 

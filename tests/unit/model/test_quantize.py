@@ -1,7 +1,6 @@
 """Quantised base models: the same numbers as plain transformers and PEFT, and the weights that they stand for."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,10 @@ from sheeprlhf.model.memory import build_on_meta, measure
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from tests.support.batches import random_examples
+from tests.support.models import ModelFolder
 
 pytest.importorskip("bitsandbytes")
 
-ModelFolder = Callable[..., Path]
 SCHEMES = ("nf4", "int8")
 IDS = torch.arange(5, 30)[None]
 

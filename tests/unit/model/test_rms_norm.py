@@ -1,8 +1,5 @@
 """The RMS norm against its formula in float64, against transformers' own, and where it is put."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +11,7 @@ from sheeprlhf.model import rms_norm as norm_module
 from sheeprlhf.model.folder.load import load_causal_lm
 from sheeprlhf.model.rms_norm import RMSNorm, replace_rms_norms
 from sheeprlhf.structure.model import ModelConfig
-from tests.support.models import VOCAB
+from tests.support.models import VOCAB, ModelFolder
 
 
 def case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, nn.Parameter]:
@@ -66,7 +63,7 @@ def test_frozen_gains_get_no_gradient() -> None:
     assert weight.grad is None and hidden.grad is not None
 
 
-def test_only_equal_norms_are_replaced(model_folder: Callable[..., Path]) -> None:
+def test_only_equal_norms_are_replaced(model_folder: ModelFolder) -> None:
     cfg = ModelConfig(config_name="auto", repo_name=str(model_folder("llama")))
     model = load_causal_lm(cfg, vocabulary=VOCAB, longest=8)
     assert sum(isinstance(module, RMSNorm) for module in model.modules()) == 5  # two a layer and the last

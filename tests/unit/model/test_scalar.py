@@ -1,6 +1,5 @@
 """Scores against plain transformers, which has to load what we save."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,15 +21,13 @@ from sheeprlhf.model.folder.load import scalar_model
 from sheeprlhf.utils.end_tokens import padding_token
 from sheeprlhf.utils.errors import ModelError
 from tests.support.batches import random_examples
-from tests.support.models import byte_tokenizer
+from tests.support.models import ModelFolder, byte_tokenizer
 
 ARCHITECTURES = ("llama", "opt", "gpt2", "phi", "gpt_neox", "qwen3", "mistral", "falcon")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_plain_transformers_gives_the_same_scores(
-    architecture: str, model_folder: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_plain_transformers_gives_the_same_scores(architecture: str, model_folder: ModelFolder, tmp_path: Path) -> None:
     folder = model_folder(architecture)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     register()

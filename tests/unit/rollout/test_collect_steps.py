@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,10 +34,9 @@ from sheeprlhf.structure.rollout import RLOOConfig
 from sheeprlhf.structure.run import AdamWConfig, FabricConfig, GenConfig, TrainConfig
 from sheeprlhf.task.finish import check_sampler, sample_table
 from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError
-from tests.support.models import EOS
+from tests.support.models import EOS, ModelFolder
 from tests.support.plain import response_logprobs
 
-ModelFolder = Callable[..., Path]
 TEMPERATURE = 0.7
 
 

@@ -5,7 +5,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.model.folder.load import load_causal_lm
 from sheeprlhf.rollout.sampler import Sampled, engine_of
 from sheeprlhf.structure.model import ModelConfig
-from tests.support.models import EOS, VOCAB
+from tests.support.models import EOS, VOCAB, ModelFolder
 
-ModelFolder = Callable[..., Path]
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 250, length).astype(np.int32) for length in (5, 1, 9)]
 UNIFORMS = RNG.random((3, 4, 7))

@@ -4,7 +4,6 @@
 """
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,8 @@ from sheeprlhf.rollout import engines
 from sheeprlhf.rollout.engines import generate_ids, generate_responses, stream_ids
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
 from sheeprlhf.structure.run import GenConfig
-from tests.support.models import EOS, VOCAB, byte_tokenizer
+from tests.support.models import EOS, VOCAB, ModelFolder, byte_tokenizer
 
-ModelFolder = Callable[..., Path]
 PROMPTS = [np.frombuffer(text, dtype=np.uint8).astype(np.int32) for text in (b"a", b"some longer words", b"Hi there")]
 GREEDY = GenConfig(max_new_tokens=12)
 

@@ -23,10 +23,9 @@ from sheeprlhf.structure.reward import FunctionRewardConfig
 from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.task.finish import sample_table
 from sheeprlhf.utils.errors import ConfigError
-from tests.support.models import ARCHITECTURES, EOS, PAD, VOCAB, byte_tokenizer
+from tests.support.models import ARCHITECTURES, EOS, PAD, VOCAB, ModelFolder, byte_tokenizer
 from tests.unit.rollout.test_collect_steps import make_setting, prompts
 
-ModelFolder = Callable[..., Path]
 Stop = Callable[[np.ndarray], bool]
 LENGTHS = (5, 1, 9, 3, 9)
 RNG = np.random.default_rng(0)

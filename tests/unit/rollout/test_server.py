@@ -31,10 +31,9 @@ from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.rollout import GRPOConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import AdamWConfig, FabricConfig, GenConfig, TrainConfig
 from sheeprlhf.utils.errors import RolloutMismatchError, RolloutServerError
-from tests.support.models import EOS, make_model_folder
+from tests.support.models import EOS, ModelFolder, make_model_folder
 from tests.support.vllm_server import LOADING, FakeNCCL, VLLMServer, vllm_server
 
-ModelFolder = Callable[..., Path]
 TEMPERATURE, GROUP, NEW = 0.7, 2, 5
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +24,9 @@ from sheeprlhf.structure.rollout import RLOOConfig
 from sheeprlhf.structure.run import FabricConfig
 from sheeprlhf.utils.errors import ModelError, RewardError
 from tests.e2e.test_best_of_n import words as best_of_n_words
-from tests.support.models import BOS, EOS, byte_tokenizer, make_model_folder
+from tests.support.models import BOS, EOS, ModelFolder, byte_tokenizer, make_model_folder
 from tests.support.runs import train_words, write_rows
 
-ModelFolder = Callable[..., Path]
 PROMPTS = ("what is it?", "a b\n")
 RESPONSES = ("it's a cat", "\u00e9\u00e9", "", "no")
 FINISHED = (True, False, True, True)

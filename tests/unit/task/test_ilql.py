@@ -1,9 +1,7 @@
 """Implicit language Q-learning: the losses against loops and known optima, and the task."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ from sheeprlhf.structure.run import AdamWConfig, FabricConfig, TrainConfig
 from sheeprlhf.structure.task import ILQLConfig
 from sheeprlhf.task.scale_plan import step_plan
 from sheeprlhf.task.train.ilql import ILQLModel, ilql_loss, rewards_of
-from tests.support.models import EOS
+from tests.support.models import EOS, ModelFolder
 
 LENGTHS = (3, 1, 2)
 
@@ -74,7 +72,7 @@ class Rows:
         ]
 
 
-def test_values_and_the_weighted_policy_at_their_optimum(model_folder: Callable[..., Path]) -> None:
+def test_values_and_the_weighted_policy_at_their_optimum(model_folder: ModelFolder) -> None:
     """Without discount Q is the reward and V its expectile; Q shifts the log-odds, 0 to .7311 for equal logits."""
     cfg = ModelConfig(config_name="auto", repo_name=str(model_folder()))
     torch.manual_seed(0)
@@ -110,7 +108,7 @@ def test_values_and_the_weighted_policy_at_their_optimum(model_folder: Callable[
         assert policy.causal_lm().get_output_embeddings() is head and log_odds() == before
 
 
-def test_the_parts_of_the_loss_by_hand(model_folder: Callable[..., Path]) -> None:
+def test_the_parts_of_the_loss_by_hand(model_folder: ModelFolder) -> None:
     """The sum of the parts with their weights; Q logits are compared with a plain softmax."""
     cfg = ModelConfig(config_name="auto", repo_name=str(model_folder()))
     torch.manual_seed(1)
@@ -153,7 +151,7 @@ def test_the_parts_of_the_loss_by_hand(model_folder: Callable[..., Path]) -> Non
     assert_close(*gradients, rtol=1e-6, atol=1e-6)
 
 
-def test_the_memory_plan_counts_the_heads(model_folder: Callable[..., Path]) -> None:
+def test_the_memory_plan_counts_the_heads(model_folder: ModelFolder) -> None:
     """Weights, gradients and moments are those of the module; its target heads are buffers."""
     cfg = ModelConfig(config_name="auto", repo_name=str(model_folder()))
     data, fabric = LocalDataConfig(train_file="rows.jsonl", max_length=64), FabricConfig()

@@ -1,7 +1,6 @@
 """One KTO step against a brute force of plain transformers forwards; its cut, its labels' means, its weights."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +25,9 @@ from sheeprlhf.structure.task import KTOConfig
 from sheeprlhf.task.reference import reference_logprobs, reference_logprobs_of
 from sheeprlhf.task.train.kto import by_label, estimate_kl, kto_loss, weights_warning
 from sheeprlhf.utils.errors import DataError
+from tests.support.models import ModelFolder
 from tests.unit.data.toy import local, prepare
 
-ModelFolder = Callable[..., Path]
 ROWS = [
     {"prompt": "who?", "response": " a wizard", "label": True},
     {"prompt": "what is brewing in the old pot?", "response": " a potion", "label": False},

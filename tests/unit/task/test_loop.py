@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,6 +26,7 @@ from sheeprlhf.task.loop import Iteration
 from sheeprlhf.task.models import pack_alike
 from sheeprlhf.utils.errors import ModelError, NonFiniteError
 from tests.support.batches import random_examples
+from tests.support.models import ModelFolder
 from tests.support.runs import figures_at, train, write_pairs, write_rows
 
 ROLLOUT = Rollout(tuple(random_examples(4, 2)), np.zeros((4, 2)), np.ones((4, 2), dtype=bool), {})
@@ -207,7 +207,7 @@ def test_final_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", ["dpo"])
 def test_memory_is_reported_as_planned_and_as_it_was(
-    task: str, tmp_path: Path, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    task: str, tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_pairs(tmp_path / "rows.jsonl", 12)
     train(model_folder(), data, tmp_path / "run", "task.max_num_steps=1", task=task)
@@ -224,7 +224,7 @@ def test_memory_is_reported_as_planned_and_as_it_was(
 
 def test_a_model_that_cannot_be_measured_is_trained_all_the_same(
     tmp_path: Path,
-    model_folder: Callable[..., Path],
+    model_folder: ModelFolder,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -239,7 +239,7 @@ def test_a_model_that_cannot_be_measured_is_trained_all_the_same(
     assert (run_dir / "final").is_dir()
 
 
-def test_only_training_smooths_labels(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+def test_only_training_smooths_labels(tmp_path: Path, model_folder: ModelFolder) -> None:
     words = ["task.label_smoothing=0.5", "task.max_num_steps=2", "task.eval_interval=1", "task.num_sample_prompts=0"]
     run_dir = train(model_folder(), write_rows(tmp_path / "rows.jsonl", 12), tmp_path / "run", *words)
     values = figures_at(run_dir)

@@ -1,7 +1,6 @@
 """One whole PPO update against a slow one: one response at a time, padded to the left, loops instead of tensors."""
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +28,8 @@ from sheeprlhf.structure.rollout import PPOConfig, ReinforcePPConfig
 from sheeprlhf.structure.run import AdamWConfig, FabricConfig
 from sheeprlhf.task.train import reinforce_pp
 from sheeprlhf.task.train.ppo import policy_loss, ptx_loss, value_loss, with_advantages
+from tests.support.models import ModelFolder
 
-ModelFolder = Callable[..., Path]
 TEMPERATURE, KL_COEFF, CLIP_NORM = 0.7, 0.3, 0.8
 ACTOR_LR, CRITIC_LR = 3e-3, 7e-3
 

@@ -1,7 +1,6 @@
 """Process reward models: labels of steps from rows to targets, the loss, and the scores of responses."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +24,9 @@ from sheeprlhf.structure.rollout import PPOConfig
 from sheeprlhf.structure.run import FabricConfig
 from sheeprlhf.task.eval.preference import step_figures
 from sheeprlhf.task.train.prm import prm_loss
-from tests.support.models import BOS, EOS, byte_tokenizer, make_model_folder
+from tests.support.models import BOS, EOS, ModelFolder, byte_tokenizer, make_model_folder
 from tests.support.runs import exit_code, figures, train, train_words, write_steps
 
-ModelFolder = Callable[..., Path]
 STEPS, LABELS = ["a+b", "c", "de"], [True, False, True]
 BYTES = byte_tokenizer()
 

@@ -1,6 +1,5 @@
 """The initial policy, the reference's log-probabilities and the check before the first step."""
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +24,7 @@ from sheeprlhf.task.reference import reference_key, reference_logprobs, sum_by_r
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.lightning import Fabric
 from tests.support.batches import random_examples
-
-ModelFolder = Callable[..., Path]
+from tests.support.models import ModelFolder
 
 
 class Rows:

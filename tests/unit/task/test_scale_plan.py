@@ -1,7 +1,5 @@
 """The plan of a step over many ranks: arithmetic by hand, and a dry step whose counted traffic agrees with it."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +12,8 @@ from sheeprlhf.structure.rollout import DistillConfig, GRPOConfig, PPOConfig, VL
 from sheeprlhf.structure.run import AdamWConfig, ClusterConfig, DoctorConfig, FabricConfig, TrainConfig
 from sheeprlhf.structure.task import DPOConfig, RMConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.task.scale_plan import dry_step, passes_of_rank, rows_of_forward, step_plan, step_time, traffic
+from tests.support.models import ModelFolder
 
-ModelFolder = Callable[..., Path]
 SHAPES = {  # hidden size, inner size, layers, size of keys, vocabulary
     "embedded:llama-7b": (4096, 11008, 32, 4096, 32000),
     "embedded:llama-70b": (8192, 28672, 80, 1024, 128256),
@@ -186,7 +184,7 @@ def test_a_dry_step_of_a_large_model(name: str, ranks: int) -> None:
     assert seen.seconds < 120  # of the processor
 
 
-def test_a_pair_is_one_row_of_both_responses(model_folder: Callable[..., Path]) -> None:
+def test_a_pair_is_one_row_of_both_responses(model_folder: ModelFolder) -> None:
     model = AutoModelConfig(repo_name=str(model_folder()))
     data = LocalDataConfig(train_file="rows.jsonl", max_length=100)
     plans = {}
@@ -200,7 +198,7 @@ def test_a_pair_is_one_row_of_both_responses(model_folder: Callable[..., Path]) 
     assert rm.activations == dpo.activations
 
 
-def test_the_models_of_ppo_are_counted(model_folder: Callable[..., Path]) -> None:
+def test_the_models_of_ppo_are_counted(model_folder: ModelFolder) -> None:
     """All weights: reference, reward model and critic besides the policy. With adapters: only more adapters."""
     data = LocalDataConfig(train_file="rows.jsonl", max_length=100)
     for mode in ("ALL", "LORA"):

@@ -1,7 +1,6 @@
 """Which weights a job loads, and that they are accounted for before its data is prepared and its directory is made."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,8 @@ from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import DPOConfig, RMConfig
 from sheeprlhf.task.weight_checks import Needed, check_needed, models_of
 from sheeprlhf.utils.errors import ModelError
+from tests.support.models import ModelFolder
 from tests.support.runs import WRITERS, rejected, train_words
-
-ModelFolder = Callable[..., Path]
 
 
 @pytest.mark.parametrize("task", ["dpo", "rm", "ppo"])

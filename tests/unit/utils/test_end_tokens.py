@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,9 @@ from sheeprlhf.structure.reward import FunctionRewardConfig
 from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.task.eval.reward import references_of
 from sheeprlhf.utils.end_tokens import end_tokens, response_end, set_configured_end_ids
-from tests.support.models import BOS, EOS, PAD, byte_tokenizer
+from tests.support.models import BOS, EOS, PAD, ModelFolder, byte_tokenizer
 from tests.unit.rollout.test_collect_steps import make_setting, prompts
 
-ModelFolder = Callable[..., Path]
 END = 259  # the tiny models have a row for it
 TURNS = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}MARK{% endfor %}"

@@ -26,10 +26,9 @@ from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.vocabulary import defined_ids, num_rows_needed, undefined_ids
-from tests.support.models import VOCAB, byte_tokenizer
+from tests.support.models import VOCAB, ModelFolder, byte_tokenizer
 from tests.support.plain import response_logprobs
 
-ModelFolder = Callable[..., Path]
 PROMPTS = [np.array([257, 70], dtype=np.int32), np.array([257, 71, 72], dtype=np.int32)]
 PADDED = 300  # rows of a model that has more than its tokenizer
 
