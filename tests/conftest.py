@@ -45,6 +45,16 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     monkeypatch.setenv("SHEEPRLHF_CACHE", str(tmp_path_factory.getbasetemp() / "sheeprlhf-cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compositions() -> Iterator[None]:
+    """Commands that choose the same groups are composed once; processes of their own compose as users' do."""
+    from tests.support.composed import compose_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sheeprlhf.config.compose._compose_base", compose_once)
+        yield
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A function (architecture) -> folder of a tiny random model, made once a session."""

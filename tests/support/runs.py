@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.cli import run
+from tests.support.composed import measure_once
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards brew strange potions".split()
 
@@ -121,8 +122,10 @@ def train_words(model: Path, data: Path, run_dir: Path, *extra: str, task: str =
 
 
 def train(model: Path, data: Path, run_dir: Path, *extra: str, task: str = "sft") -> Path:
-    """Run it in this process."""
-    run(train_words(model, data, run_dir, *extra, task=task))
+    """Run it in this process, which measures each model for its memory plan once."""
+    with pytest.MonkeyPatch.context() as patch:
+        measure_once(patch)
+        run(train_words(model, data, run_dir, *extra, task=task))
     return run_dir
 
 

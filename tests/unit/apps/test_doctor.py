@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sheeprlhf.apps import doctor
-from sheeprlhf.cli import run
 from sheeprlhf.structure.run import FabricConfig
+from tests.support.composed import measure_once
 from tests.support.models import ModelFolder
-from tests.support.runs import write_rows
+from tests.support.runs import exit_code, write_rows
 
 PREFERENCE_WORDS = {"sft": "task=sft", "rm": "task=rm", "dpo": "task=dpo", "simpo": "task=dpo task.loss_type=simpo"}
 TOPICS = ["versions", "device", "precision", "hub", "caches", "data", "model", "attention", "disk", "memory"]
@@ -37,14 +37,11 @@ class Report:
 def report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
     """Runs `doctor` with these words; there are 64 GB of memory."""
     monkeypatch.setattr(doctor, "available_memory", lambda: 64 * 10**9)
+    measure_once(monkeypatch)
     monkeypatch.setenv("COLUMNS", "120")
 
     def make(*words: str) -> Report:
-        code = 0
-        try:
-            run(["doctor", *words])
-        except SystemExit as error:
-            code = int(error.code or 0)
+        code = exit_code(["doctor", *words])
         captured = capsys.readouterr()
         assert captured.err == ""
         return Report(captured.out, code)

@@ -305,6 +305,9 @@ PROGRAM = """
 import contextlib, io, json, sys, time
 from pathlib import Path
 from sheeprlhf.cli import run
+from sheeprlhf.config import compose
+from tests.support.composed import compose_once
+compose._compose_base = compose_once
 
 def ask(words):
     out, err, heavy, start, code = io.StringIO(), io.StringIO(), set(sys.modules), time.process_time(), 0

@@ -48,7 +48,7 @@ def typed(*overrides) -> TrainConfig:
 def every_choice():
     """Each choice at least once: groups that do not depend on each other are composed together.
 
-    Tasks, rewards and rollouts of `inspect` and `doctor` are those of `train`.
+    Models, datasets and the like of other commands are those of `train`, and are composed once.
     """
     for verb in ROOTS:
         alone = [
@@ -57,8 +57,15 @@ def every_choice():
         together = [group for group in groups(verb) if group not in ("task", "reward", "rollout")]
         for group in [*alone, tuple(together)]:
             names = {name: list(choices(name, verb)) for name in ([group] if isinstance(group, str) else group)}
-            for index in range(max(map(len, names.values()), default=0)):
+            count = max(map(len, names.values()), default=0)
+            for index in range(count if verb == "train" or isinstance(group, str) else min(count, 1)):
                 yield verb, {name: of_name[index % len(of_name)] for name, of_name in names.items()}
+
+
+def test_all_commands_have_the_choices_of_training():
+    for verb in ROOTS:
+        for group in {"model", "data", "fabric", "optim"} & set(groups(verb)):
+            assert choices(group, verb) == choices(group, "train")
 
 
 @pytest.mark.parametrize(("verb", "chosen"), list(every_choice()), ids=str)

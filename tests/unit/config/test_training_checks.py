@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.config import validate as rules
+from sheeprlhf.config.compose import Source, check
 from sheeprlhf.config.option_lookup import catalogue
 from sheeprlhf.config.registry import groups
 from sheeprlhf.config.run_lookup import REWARD_MODEL, START, links_of, resolve_runs
@@ -14,7 +15,7 @@ from tests.unit.config.test_registry import composed, to_typed
 
 
 def problems_of(*words: str) -> list[str]:
-    return validate(resolve_runs(to_typed(composed("train", *words)), None))
+    return check(Source("train"), list(words))
 
 
 REFUSED = {

@@ -12,12 +12,18 @@ from sheeprlhf.structure.rollout import DistillConfig, GRPOConfig, PPOConfig, VL
 from sheeprlhf.structure.run import AdamWConfig, ClusterConfig, DoctorConfig, FabricConfig, TrainConfig
 from sheeprlhf.structure.task import DPOConfig, RMConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.task.scale_plan import dry_step, passes_of_rank, rows_of_forward, step_plan, step_time, traffic
+from tests.support.composed import measure_once
 from tests.support.models import ModelFolder
 
 SHAPES = {  # hidden size, inner size, layers, size of keys, vocabulary
     "embedded:llama-7b": (4096, 11008, 32, 4096, 32000),
     "embedded:llama-70b": (8192, 28672, 80, 1024, 128256),
 }
+
+
+@pytest.fixture(autouse=True)
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_once(monkeypatch)
 
 
 def size_by_hand(name: str) -> ModelSize:
