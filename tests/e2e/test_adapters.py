@@ -59,8 +59,7 @@ def plain(model_folder: ModelFolder, adapter: Path) -> PeftModel:
     ("task", "mode"),
     [
         ("dpo", "LORA"),
-        ("ppo", "LORA"),
-        ("sft", "ALL"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("ppo", "LORA"), ("sft", "ALL"))),
         *(
             pytest.param(*case, marks=pytest.mark.nightly)
             for case in (("grpo", "LORA"), ("dpo", "ALL"), ("ppo", "ALL"))

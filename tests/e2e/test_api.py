@@ -272,6 +272,7 @@ def test_a_second_interrupt_raises_keyboard_interrupt(
         train(words(tmp_path, model_folder()))
 
 
+@pytest.mark.slow
 def test_a_notebook_trains_reports_errors_and_survives_an_interrupt(tmp_path: Path, model_folder: ModelFolder) -> None:
     pytest.importorskip("ipykernel")
     manager = pytest.importorskip("jupyter_client.manager")

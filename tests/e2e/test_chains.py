@@ -113,6 +113,7 @@ def test_the_reference_is_the_fine_tuned_model(chain: Chain) -> None:
     assert_close(stored[read], torch.tensor(expected)[read], rtol=0, atol=2e-4)  # sums of about 30 tokens
 
 
+@pytest.mark.slow
 def test_an_offset_comes_back_with_the_adapters(chain: Chain) -> None:
     _, run_dir = chain("rm", ("ALL", "LORA"))
     cfg, tokenizer = saved_group(str(run_dir), "model"), AutoTokenizer.from_pretrained(run_dir / "final")
@@ -151,9 +152,15 @@ def test_an_extended_run_is_the_longer_run_bit_for_bit(
     assert result_of(again, last_step) == result_of(whole, last_step)
 
 
-def test_another_schedule_is_that_of_the_longer_run(tmp_path: Path, model_folder: ModelFolder) -> None:
-    data = write_rows(tmp_path / "rows.jsonl")
-    finished = train(model_folder(), data, tmp_path / "finished", "task.max_num_steps=6")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) -> Path:
+    """A run of six steps, beside its rows."""
+    folder = tmp_path_factory.mktemp("finished")
+    return train(model_folder(), write_rows(folder / "rows.jsonl"), folder / "run", "task.max_num_steps=6")
+
+
+def test_another_schedule_is_that_of_the_longer_run(finished: Path, tmp_path: Path, model_folder: ModelFolder) -> None:
+    data = finished.with_name("rows.jsonl")
     words = ["task.max_num_steps=12", f"resume_from={finished}"]
     extended = train(model_folder(), data, tmp_path / "extended", *words)
     rates = {step: value for (tag, step), value in figures_at(extended).items() if tag == "train/lr"}
@@ -165,9 +172,10 @@ def test_another_schedule_is_that_of_the_longer_run(tmp_path: Path, model_folder
     assert rates == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_cannot_be_extended(tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    data = write_rows(tmp_path / "rows.jsonl")
-    finished = train(model_folder(), data, tmp_path / "finished", "task.max_num_steps=6")
+def test_what_cannot_be_extended(
+    finished: Path, tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = finished.with_name("rows.jsonl")
     for words in (["task.max_num_steps=3"], ["task.max_num_steps=12", "optim.lr=1e-4"], ["task.epochs=2"]):
         line = train_words(model_folder(), data, tmp_path / "new", *words, f"resume_from={finished}")
         assert exit_code(" ".join(line)) == 2

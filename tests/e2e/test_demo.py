@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.apps.demo import AUTH, open_page, short_names
-from sheeprlhf.cli import run
 from sheeprlhf.config.model_lookup import find_trained
 from tests.support.devtools import Page, find_chromium
+from tests.support.runs import rejected
 from tests.support.talking import says
 
 EVIL = "<script>window.hit = 1</script><img src=x onerror='window.hit = 2'>[x](javascript:window.hit=3) **bold**"
@@ -115,11 +115,7 @@ def test_the_page_in_a_browser(model_folder, tmp_path, monkeypatch):
 
 
 def refused(capsys, *words: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        run(["demo", *words])
-    printed = capsys.readouterr()
-    assert stop.value.code == 2 and "Traceback" not in printed.err
-    return printed.err
+    return rejected(["demo", *words], capsys)
 
 
 def test_a_port_that_is_taken_is_answered_with_a_free_one(capsys):

@@ -3,8 +3,9 @@
 import csv
 import json
 import shutil
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,29 +31,43 @@ KEYS = {
 ALWAYS = {"task", "split", "data", "model", "weights", "experiment_dir", "time", "version"}  # in every result
 
 
-class Made(NamedTuple):
-    """Runs on one model and one file of pairs."""
+class Made:
+    """Runs on one model and one file of pairs, each made for the first test that needs it."""
 
-    base: Path
-    data: Path
-    sft: Path
-    dpo: Path  # adapters on the fine-tuned model
-    still: Path  # the same, but it learnt nothing
-    rm: Path
+    def __init__(self, folder: Path, base: Path) -> None:
+        self.base, self.data = base, write_pairs(folder / "rows.jsonl", 12)
+        self._folder, self._cache = folder, f"data.cache_dir={folder / 'cache'}"
+
+    def _train(self, name: str, *words: str, task: str) -> Path:
+        return train(self.base, self.data, self._folder / name, self._cache, *words, task=task)
+
+    @cached_property
+    def sft(self) -> Path:
+        return self._train("sft", "task.max_num_steps=2", task="sft")
+
+    @cached_property
+    def _start(self) -> list[str]:
+        return [f"task.sft_experiment_dir={self.sft}", "task.self_check=off"]
+
+    @cached_property
+    def dpo(self) -> Path:
+        """Adapters on the fine-tuned model."""
+        adapters = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "task.max_num_steps=6"]
+        return self._train("dpo", *self._start, *adapters, "task.save_interval=3", "optim.lr=0.05", task="dpo")
+
+    @cached_property
+    def still(self) -> Path:
+        """The same with all weights, but it learnt nothing."""
+        return self._train("still", *self._start, "task.max_num_steps=1", "optim.lr=0", task="dpo")
+
+    @cached_property
+    def rm(self) -> Path:
+        return self._train("rm", "task.max_num_steps=16", "optim.lr=5e-3", task="rm")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) -> Made:
-    folder, base = tmp_path_factory.mktemp("made"), model_folder()
-    data, cache = write_pairs(folder / "rows.jsonl", 12), f"data.cache_dir={folder / 'cache'}"
-    sft = train(base, data, folder / "sft", "task.max_num_steps=2", cache)
-    start = [f"task.sft_experiment_dir={sft}", cache, "task.self_check=off"]
-    adapters = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4"]
-    learnt = [*start, *adapters, "task.max_num_steps=6", "task.save_interval=3", "optim.lr=0.05"]
-    dpo = train(base, data, folder / "dpo", *learnt, task="dpo")
-    still = train(base, data, folder / "still", *start, "task.max_num_steps=1", "optim.lr=0", task="dpo")
-    rm = train(base, data, folder / "rm", "task.max_num_steps=16", "optim.lr=5e-3", cache, task="rm")
-    return Made(base, data, sft, dpo, still, rm)
+    return Made(tmp_path_factory.mktemp("made"), model_folder())
 
 
 def evaluate(task: str, run_dir: Path, *words: str) -> None:

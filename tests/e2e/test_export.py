@@ -1,10 +1,11 @@
 """An exported folder computes what the run computed, for plain transformers, or it is not there."""
 
+import functools
 import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from sheeprlhf.task.text_generator import load_reward_scorer
 from sheeprlhf.utils.errors import ConfigError
 from tests.support.hub import UploadHub, serve_uploads
 from tests.support.models import BOS, EOS, PAD, VOCAB
-from tests.support.runs import digests, exit_code
+from tests.support.runs import digests, rejected
 from tests.support.talking import TEMPLATE, make_runs, write_result
 
 IDS = torch.tensor([[257, *b"5 the quick brown fox?", *b" lazy dog.", 258]])
@@ -46,6 +47,13 @@ def exported(run_dir: Path, target: Path, *flags: str) -> Path:
     return target
 
 
+@pytest.fixture(scope="module")
+def once(runs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function (name of a run) -> its export without flags, made once, which no test changes."""
+    folder = tmp_path_factory.mktemp("exported")
+    return functools.cache(lambda name: exported(runs[name], folder / name))
+
+
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits[0]
@@ -56,8 +64,7 @@ def of_folder(folder: Path) -> torch.Tensor:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    assert exit_code(["export", *map(str, words)]) == 2
-    return capsys.readouterr().err
+    return rejected(["export", *map(str, words)], capsys)
 
 
 def test_merged_adapters_compute_what_peft_computes(runs, tmp_path, capsys):
@@ -79,24 +86,24 @@ def test_a_run_without_adapters_keeps_its_bits(runs, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_can_be_taken_instead(runs, tmp_path):
+def test_a_checkpoint_can_be_taken_instead(runs, once, tmp_path):
     folder = exported(runs["dpo"], tmp_path / "out", "--weights", "step-1")
-    assert (of_folder(folder) - of_folder(exported(runs["dpo"], tmp_path / "final"))).abs().max() > 1e-3
+    assert (of_folder(folder) - of_folder(once("dpo"))).abs().max() > 1e-3
     last = exported(runs["dpo"], tmp_path / "last", "--weights", "last")
-    assert torch.equal(of_folder(last), of_folder(tmp_path / "final"))
+    assert torch.equal(of_folder(last), of_folder(once("dpo")))
 
 
 @pytest.mark.slow
-def test_another_number_format_is_the_rounded_weights(runs, tmp_path):
-    whole = load_file(exported(runs["dpo"], tmp_path / "whole") / "model.safetensors")
+def test_another_number_format_is_the_rounded_weights(runs, once, tmp_path):
+    whole = load_file(once("dpo") / "model.safetensors")
     half = load_file(exported(runs["dpo"], tmp_path / "half", "--dtype", "bfloat16") / "model.safetensors")
     assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
     assert all(torch.equal(half[key], whole[key].bfloat16()) for key in whole)
     assert AutoConfig.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
 
-def test_a_reward_model_scores_as_it_did(runs, tmp_path):
-    folder = exported(runs["rm"], tmp_path / "out")
+def test_a_reward_model_scores_as_it_did(runs, once):
+    folder = once("rm")
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     scorer = load_reward_scorer(find_trained(str(runs["rm"]), wanted=REWARD_MODEL), print)
     expected = scorer.score("text", [Turn("user", "5 the quick brown fox?")], " lazy dog.")
@@ -110,8 +117,8 @@ def test_a_reward_model_scores_as_it_did(runs, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dpo", "rm"])
-def test_the_folder_has_what_vllm_asks_for(name, runs, tmp_path):
-    folder = exported(runs[name], tmp_path / "out")
+def test_the_folder_has_what_vllm_asks_for(name, runs, once):
+    folder = once(name)
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == (["LlamaForSequenceClassification"] if name == "rm" else ["LlamaForCausalLM"])
     assert name == "rm" or set(config["architectures"]) <= VLLM

@@ -77,6 +77,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert result_of(tmp_path / "again", 8) == result_of(runs["sft"], 8)
 
 
+@pytest.mark.slow
 def test_dpo_goes_on_from_it_with_its_tokens(runs: dict[str, Path], tmp_path: Path) -> None:
     start = f"task.sft_experiment_dir={runs['sft']}"
     second = train(runs["model"], runs["pairs"], tmp_path / "dpo", "dry_run=true", start, *LORA, task="dpo")

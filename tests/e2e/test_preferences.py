@@ -101,6 +101,7 @@ def test_the_reference_is_computed_once_and_is_that_of_these_weights(tmp_path: P
     assert np.nanmax(np.abs(first - second)) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_policy_that_leaves_the_data_is_reported(
     tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,6 +35,7 @@ def plain(folder: Path, scheme: str = "nf4") -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
 
 
+@pytest.mark.slow  # tests/unit/model/test_quantize.py computes with quantised layers
 @pytest.mark.parametrize("scheme", ["nf4", pytest.param("int8", marks=pytest.mark.nightly)])
 def test_adapters_are_saved_resumed_and_exported(scheme: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     """Plain PEFT on the quantised base computes what the run computes; an export, what it computes dequantised."""

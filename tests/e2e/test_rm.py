@@ -136,7 +136,10 @@ def test_the_likelihood_term_is_that_of_transformers(model_folder: ModelFolder) 
 
 @pytest.mark.parametrize(
     "options",
-    [[], pytest.param(["task.likelihood_coeff=0.5", "model.frozen_layers=1"], marks=pytest.mark.nightly)],
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(["task.likelihood_coeff=0.5", "model.frozen_layers=1"], marks=pytest.mark.nightly),
+    ],
     ids=["plain", "likelihood, frozen"],
 )
 def test_a_visible_preference_is_learnt(options: list[str], tmp_path: Path, model_folder: ModelFolder) -> None:

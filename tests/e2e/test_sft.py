@@ -37,6 +37,9 @@ def test_a_run_leaves_what_the_readme_says(
     values = figures_at(run_dir)
     losses = [values["train/loss", step] for step in range(1, 25)]
     assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
+    assert [values["train/epoch", step] for step in range(1, 25)] == pytest.approx([step / 8 for step in range(1, 25)])
+    for name, least in (("time/tokens_per_second", 1.0), ("memory/peak_gb", 0.05)):
+        assert min(values[name, step] for step in range(1, 25)) > least, name
     assert_close(values["val/perplexity", 24], float(torch.tensor(values["val/nll", 24]).exp()), rtol=1e-5, atol=0)
     model = AutoModelForCausalLM.from_pretrained(run_dir / "final", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "final")

@@ -88,7 +88,11 @@ def test_a_resumed_stream_is_the_uninterrupted_one(
 
 @pytest.mark.parametrize(
     "name",
-    [name if name == "dpo" else pytest.param(name, marks=pytest.mark.nightly) for name in CASES if name != "kto"],
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "dpo" else pytest.mark.nightly)
+        for name in CASES
+        if name != "kto"
+    ],
 )
 def test_a_stream_in_the_order_of_the_files_is_the_run_of_all_rows(
     name: str, tmp_path: Path, model_folder: ModelFolder, in_this_process: None

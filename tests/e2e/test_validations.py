@@ -15,7 +15,7 @@ STOP = ["task.early_stopping_metric=nll", "task.early_stopping_patience=2", "tas
 STILL = ["optim.lr=1e-30", "optim.weight_decay=0"]  # no weight changes
 
 
-@pytest.mark.parametrize("task", ["sft", "grpo"])
+@pytest.mark.parametrize("task", ["sft", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_a_run_that_no_longer_improves_stops_and_is_finished(
     task: str, tmp_path: Path, model_folder: ModelFolder
 ) -> None:

@@ -59,6 +59,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(server: JobServer, tmp_path: Pat
     assert result_of(run_dir, 12) == result_of(whole, 12)
 
 
+@pytest.mark.slow
 def test_records_that_find_no_room_are_named(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
     """The next save is far away: what is written at each step notices first."""
     run_dir = tmp_path / "run"

@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 
-from sheeprlhf.cli import run
 from sheeprlhf.engine.checkpoint import read_state
 from sheeprlhf.engine.manifest import MANIFEST, read_manifest, write_manifest
 from sheeprlhf.security.json_records import MAX_DEPTH
 from tests.support.models import ModelFolder
 from tests.support.past_runs import make_past_run, write_evaluation
 from tests.support.pipelines import Pretended, pipeline, write_recipe
-from tests.support.runs import killed, train_words, write_rows
+from tests.support.runs import exit_code, killed, train_words, write_rows
 
 Mutation = tuple[str, str]  # name, text of the file
 HUGE = {"1e400": "1e400", "integer of 400 digits": "9" * 400, "integer of 5000 digits": "9" * 5_000}
@@ -71,7 +70,7 @@ def mutations(text: str) -> Iterator[Mutation]:
     yield "repeated key", f"{text.rstrip()[:-1]}, {json.dumps(first)}: {json.dumps(content[first])}}}"
 
 
-def chosen(text: str, number: int | None) -> list[Mutation]:
+def chosen(text: str, number: int | None = None) -> list[Mutation]:
     """A sample of the mutations; None takes all, or `TRIALS` of the environment."""
     found = list(mutations(text))
     number = number or int(os.environ.get("TRIALS", str(len(found))))
@@ -88,11 +87,7 @@ def outcome(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]
 
     def call(*words: str) -> tuple[int, str]:
         capsys.readouterr()
-        code = 0
-        try:
-            run(list(words))
-        except SystemExit as stop:
-            code = int(stop.code or 0)
+        code = exit_code(list(words))
         printed = " ".join("".join(capsys.readouterr()).split())  # lines are wrapped at the terminal's width
         assert "Traceback" not in printed and "failed unexpectedly" not in printed, printed
         return code, printed
@@ -100,13 +95,12 @@ def outcome(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]
     return call
 
 
-AMOUNTS = [3, pytest.param(None, marks=pytest.mark.nightly)]
 FILES = ("run.json", "data_report.json", "eval/perplexity-test-final.json", "checkpoints/step-4/state.json")
 
 
-@pytest.mark.parametrize("amount", AMOUNTS)
+@pytest.mark.nightly  # tests/unit/apps/test_list.py and test_report.py have a few of each file
 @pytest.mark.parametrize("name", FILES)
-def test_list_and_report_show_the_other_run(name, amount, outcome, tmp_path: Path, monkeypatch) -> None:
+def test_list_and_report_show_the_other_run(name, outcome, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
     root = tmp_path / "runs"
     odd = make_past_run(root / "odd", status="running" if "checkpoints" in name else "finished", config_hash="h")
@@ -116,7 +110,7 @@ def test_list_and_report_show_the_other_run(name, amount, outcome, tmp_path: Pat
     (odd / "checkpoints" / "step-4").mkdir(parents=True)
     (odd / "checkpoints" / "step-4" / "state.json").write_text(json.dumps(state))
     text = (odd / name).read_text()
-    for kind, mutated in chosen(text, amount):
+    for kind, mutated in chosen(text):
         write(odd / name, mutated)
         code, listed = outcome("list", "runs", str(root))
         assert code == 0 and str(root / "good") in listed and str(odd) in listed, kind
@@ -128,19 +122,19 @@ def test_list_and_report_show_the_other_run(name, amount, outcome, tmp_path: Pat
             assert printed == (f"{odd / name} is damaged" in listed + reported), (kind, shown)
 
 
-@pytest.mark.parametrize("amount", AMOUNTS)
-def test_a_run_that_is_resumed(amount, outcome, tmp_path: Path) -> None:
+@pytest.mark.nightly  # tests/unit/engine/test_rundir.py has a few
+def test_a_run_that_is_resumed(outcome, tmp_path: Path) -> None:
     folder = make_past_run(tmp_path / "run")
     before = sorted(path.name for path in folder.iterdir())
     usual = {"status": "running", "started": 1.7e9, "config_hash": "other", "command": ["train"], "step": 3}
-    for kind, mutated in chosen(json.dumps(usual), amount):
+    for kind, mutated in chosen(json.dumps(usual)):
         write(folder / "run.json", mutated)
         code, printed = outcome("train", f"resume_from={folder}")
         assert code == 2 and (f"{folder}/run.json is damaged" in printed or "other" in printed), (kind, printed)
         assert sorted(path.name for path in folder.iterdir()) == before
 
 
-@pytest.mark.parametrize("amount", AMOUNTS)
+@pytest.mark.parametrize("amount", [3, pytest.param(None, marks=pytest.mark.nightly)])
 def test_a_pipeline_that_is_resumed(amount, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sheeprlhf.apps.pipeline.check_stages", lambda *_: None)

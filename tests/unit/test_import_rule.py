@@ -101,15 +101,14 @@ def test_the_command_line_names_no_task():
 
 def test_every_imported_name_exists():
     """Find a stale import, also one inside a function, and a stale dotted path ("sheeprlhf.module:name")."""
-    trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    nodes = {path: list(ast.walk(ast.parse(path.read_text()))) for path in PACKAGE.rglob("*.py")}
     names = {}
-    for path, tree in trees.items():
+    for path, found in nodes.items():
         module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-        names[module] = {getattr(node, "name", getattr(node, "id", "")) for node in ast.walk(tree)}
-        names[module] |= {alias.asname or alias.name for alias in aliases(tree)}
-    trees |= {path: ast.parse(path.read_text()) for path in Path(__file__).parents[1].rglob("*.py")}
-    for path, tree in trees.items():
-        for node in ast.walk(tree):
+        names[module] = {getattr(node, "name", getattr(node, "id", "")) for node in found}
+        names[module] |= {a.asname or a.name for node in found if isinstance(node, ast.ImportFrom) for a in node.names}
+    for path, found in nodes.items():
+        for node in found:
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "sheeprlhf":
                 there = names.get(node.module, set())
                 missing = {a.name for a in node.names if f"{node.module}.{a.name}" not in names} - there
@@ -117,7 +116,3 @@ def test_every_imported_name_exists():
             elif isinstance(node, ast.Constant) and re.fullmatch(r"sheeprlhf[.\w]+:\w+", str(node.value)):
                 module, _, name = node.value.partition(":")
                 assert name in names.get(module, ()), f"{path}: {node.value}"
-
-
-def aliases(tree):
-    return [alias for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]

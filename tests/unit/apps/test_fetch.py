@@ -24,6 +24,7 @@ from sheeprlhf.structure.model import OPTConfig, SmolLM2Config
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.home import SMOLLM2
 from tests.support.models import ModelFolder
+from tests.support.runs import exit_code
 
 
 @pytest.fixture
@@ -36,9 +37,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refused(*words: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        run(["fetch", *words])
-    return int(stop.value.code or 0)
+    return exit_code(["fetch", *words])
 
 
 def left_in(models: Path) -> set[str]:

@@ -1,5 +1,6 @@
 """Adapters: where they go, what trains, and their formula."""
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,8 @@ def test_saved_adapters_are_read_back_frozen(tmp_path: Path, model_folder: Model
     perturb(model)
     Policy(model).save(tmp_path, byte_tokenizer())
     assert not list(tmp_path.glob("model*.safetensors"))
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets) and len(targets) > 1  # PEFT writes a set, in the order of this process's hashes
     cfg = ModelConfig(config_name="auto", repo_name=str(model_folder("gpt2")))
     again = load_lora(load_causal_lm(cfg, vocabulary=VOCAB, longest=64), tmp_path)
     assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)

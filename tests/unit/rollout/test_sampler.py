@@ -101,7 +101,7 @@ def test_it_is_a_loop_without_cache_batch_or_padding(
 ) -> None:
     """Dropout is configured where the architecture has any, and the model is in training mode."""
     model = load(model_folder(architecture), disable_dropout=False)
-    for temperature in (0.6, 1.0, 1.4) if packed else (1.4,):
+    for temperature in (0.6, 1.4) if packed and architecture == "llama" else (1.4,):
         sampled = sample(model.train(), temperature=temperature, packed=packed)
         assert len({tuple(ids) for found in sampled for ids in found.responses}) == 13  # three are one and the same
         assert_by_definition(model, sampled, temperature=temperature)
@@ -303,15 +303,6 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def ends_by_definition(tokenizer: Any, ids: np.ndarray, strings: list[str]) -> int:
-    """The number of tokens at which the text first has one of the strings; 0 if it never has."""
-    for number in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:number].tolist(), skip_special_tokens=True)
-        if any(string in text for string in strings):
-            return number
-    return 0
-
-
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_it_ends_where_the_whole_text_first_has_a_string(name: str) -> None:
     """Real texts, and random tokens: characters in parts, special tokens in between, pieces that begin with a space."""
@@ -329,11 +320,13 @@ def test_it_ends_where_the_whole_text_first_has_a_string(name: str) -> None:
     texts.append([i for part in parts for i in (*part, *special[:1] * 40)])
     ended = 0
     for ids in (np.array(text, dtype=np.int32) for text in texts):
-        for strings in ([string] for string in STRINGS):
-            stop = StopStrings(strings, tokenizer)
-            found = next((number for number in range(1, len(ids) + 1) if stop(ids[:number])), 0)
-            assert found == ends_by_definition(tokenizer, ids, strings), (name, strings)
-            ended += found > 0
+        numbers = range(1, len(ids) + 1)
+        whole = [tokenizer.decode(ids[:number].tolist(), skip_special_tokens=True) for number in numbers]
+        for string in STRINGS:
+            stop = StopStrings([string], tokenizer)
+            expected = next((number for number in numbers if string in whole[number - 1]), 0)
+            assert next((number for number in numbers if stop(ids[:number])), 0) == expected, string
+            ended += expected > 0
     assert ended > 20
 
 
