@@ -36,7 +36,15 @@ def compose_once(source: Source, chosen: compose.Chosen, words: list[str]) -> Di
 def _measure_once() -> Callable[..., Any]:
     from sheeprlhf.model.memory import measure
 
-    return functools.cache(measure)
+    sizes: dict[str, Any] = {}
+
+    def size_of(*arguments: Any, **named: Any) -> Any:
+        key = repr((arguments, named))  # options with lists have no hash
+        if key not in sizes:
+            sizes[key] = measure(*arguments, **named)
+        return sizes[key]
+
+    return size_of
 
 
 def measure_once(patch: pytest.MonkeyPatch) -> None:
