@@ -132,7 +132,7 @@ def _unreadable(word: str, key: str, value: str) -> str:
         items = [item.strip().strip("\"'") for item in value.strip("[]").split(",")]
         return f"{_short(word)} cannot be read: write the list with each text in quotes, {shell_word(key, items)}"
     if value:
-        return f"{_short(word)} cannot be read: quote what has special characters, \"{key}='...'\""
+        return f"{_short(word)} cannot be read: for one text, quote it, {shell_word(key, value)}"
     if word in ROOTS:
         return f"{word} is a command: give one command, at the start"
     meant = ["--help"] if word == "help" else meant_by(word)

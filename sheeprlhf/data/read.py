@@ -111,7 +111,11 @@ def _rows_in_object(file: Path) -> PlacedRows:
         for name, entry in value.items()
         if isinstance(entry, list) and entry and all(isinstance(row, dict) for row in entry)
     ]
-    if set(value) & ROW_COLUMNS:
+    of_rows = set(value) & ROW_COLUMNS
+    if of_rows and all(map(_is_column, (value[name] for name in of_rows))):
+        advice = "write one object for each row (by pandas: to_json(path, orient='records'))"
+        raise DataError(f"{file}: one JSON object with a list for each column, {printable(value)}; {advice}")
+    if of_rows:
         yield "item 1", value
     elif len(lists) == 1:
         yield from _placed_items(file, iter(value[lists[0]]), f"{printable(lists)} item")
@@ -121,6 +125,12 @@ def _rows_in_object(file: Path) -> PlacedRows:
             f"{file}: one JSON object with {has}; write the rows as a list, "
             '[{"prompt": ..., "response": ...}, ...], or one a line'
         )
+
+
+def _is_column(value: Any) -> bool:
+    """True if a value is the column of many rows: a list, or an object that has them by their numbers."""
+    entries = list(value.values()) if isinstance(value, dict) and all(map(str.isdecimal, value)) else value
+    return isinstance(entries, list) and bool(entries) and not any(isinstance(one, list | dict) for one in entries)
 
 
 def _placed_items(file: Path, items: Iterator[Any], word: str) -> PlacedRows:

@@ -213,6 +213,14 @@ def test_the_advice_about_stop_strings_works(typed: str) -> None:
     assert check(source, parse_args([*rest, word]).words) == []
 
 
+@pytest.mark.parametrize("text", ["it's, (1)", "runs/\u00e9t\u00e9,2"])
+def test_the_advice_about_a_text_with_a_comma_works(text: str) -> None:
+    [problem] = check(Source("train"), ["task=sft", f"root_dir={text}"])
+    place = problem.rindex("root_dir=")
+    [word] = shlex.split(problem[place - (problem[place - 1] == "'") :])
+    assert read(word) == text
+
+
 @pytest.mark.parametrize("string", ["<end_of_turn>\n", "say <end_of_turn>"])
 def test_a_stop_string_beside_a_special_token(string: str) -> None:
     tokenizer = byte_tokenizer()

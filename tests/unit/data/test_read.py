@@ -40,6 +40,8 @@ UNREADABLE = {  # tests/faults/test_bad_data.py has the others
     "cut": ("a.jsonl.gz", gzip.compress(GOOD)[:-9], r"a.jsonl.gz: damaged"),
     "script": ("a.py", b"print(1)", "has an unknown ending"),
     "lists in an object": ("a.json", b'{"train": [{"prompt": "p"}], "test": [{"prompt": "q"}]}', "a list, "),
+    "columns": ("a.json", b'{"prompt": ["p", "q"], "response": ["r", "s"], "label": [1, 0]}', "records"),
+    "columns by number": ("a.json", b'{"prompt": {"0": "p", "1": "q"}, "response": {"0": "r", "1": "s"}}', "records"),
     "no list in an object": ("a.json", b'{\n "name": "x"\n}', "no list of objects, only name"),
     "bad item in an object": (
         "a.json",
