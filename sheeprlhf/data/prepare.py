@@ -13,6 +13,7 @@ import inspect
 import json
 import re
 import signal
+import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -411,6 +412,7 @@ def _tokenized(tokenize: RowTokenizer, batches: Iterator[list[Row]], num_proc: i
     if num_proc == 1:
         yield from map(tokenize, batches)
         return
+    _check_script(num_proc)
     context = get_context("spawn")
     with signals_held_back():
         stop = context.Event()  # starts a process that keeps account of such things
@@ -425,6 +427,16 @@ def _tokenized(tokenize: RowTokenizer, batches: Iterator[list[Row]], num_proc: i
     finally:
         stop.set()  # killed in the middle of an answer, a process would leave the pool waiting for the rest of it
         pool.shutdown(cancel_futures=True)
+
+
+def _check_script(num_proc: int) -> None:
+    """Raise DataError if the running script would run again in the processes: they and this one would wait forever."""
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    if script.is_file() and b"__main__" not in script.read_bytes():
+        raise DataError(
+            f"data.num_proc={num_proc} starts processes that read {script} again: put what it does below "
+            '`if __name__ == "__main__":`, or give data.num_proc=1'
+        )
 
 
 @contextmanager
