@@ -13,7 +13,7 @@ ones. So everything but the inside of attention and MLP, gradients too, is equal
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from fnmatch import fnmatch
 from functools import partial
@@ -51,7 +51,8 @@ _STYLES: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise"
 def sharding_strategy(cfg: FabricConfig, num_processes: int, timeout: timedelta) -> ModelParallelStrategy:
     """Fabric's strategy of fsdp2 over all processes, which wait for each other at most for `timeout`.
 
-    In bf16-mixed, weights are gathered and computed with in bfloat16; parts, gradient sums and optimizer are float32.
+    In bf16-mixed, the matrices of blocks are gathered in bfloat16. Norms and the weights around the blocks are gathered
+    in float32, as autocast reads them without sharding. Parts, gradient sums and optimizer are float32.
 
     Raises:
         ConfigError: this torch is too old, or an option does not divide the processes.
@@ -127,10 +128,10 @@ def shard_module(module: nn.Module, mesh: Any, **how: Any) -> nn.Module:
     """
     of_data, of_all, _ = meshes_of(mesh)
     is_around, of_groups = is_sharded(module), mesh["tensor_parallel"]
-    of_heads = {name: policy for name, policy in how.items() if name != "mp_policy"}
+    in_float32 = {name: policy for name, policy in how.items() if name != "mp_policy"}
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear) and part.out_features == 1 and ".lora_A." not in name and not is_sharded(part):
-            fully_shard(part, mesh=of_all, **of_heads)
+            fully_shard(part, mesh=of_all, **in_float32)
     if is_around:
         return module
     if of_groups.size() > 1:
@@ -140,13 +141,16 @@ def shard_module(module: nn.Module, mesh: Any, **how: Any) -> nn.Module:
                 for layer in _layers_of(part, style):
                     parallelize_module(layer, of_groups, _STYLES[style](), src_data_rank=None)
                 continue
-            fully_shard(part, mesh=of_all, **how)
+            fully_shard(part, mesh=of_all, **in_float32)
             cast(FSDPModule, part).set_gradient_divide_factor(of_data.size())  # the sum within a group
             cast(FSDPModule, part).set_force_sum_reduction_for_comms(True)  # gloo has no other
-    blocks = next((part for part in module.modules() if isinstance(part, nn.ModuleList)), ())
+    blocks = next((part for part in module.modules() if isinstance(part, nn.ModuleList)), nn.ModuleList())
+    norms = [part for part in blocks.modules() if type(part).__name__.endswith("Norm") and not is_sharded(part)]
+    if norms and "mp_policy" in how:
+        fully_shard(norms, mesh=of_data, **in_float32)
     for block in blocks:
         fully_shard(block, mesh=of_data, **how)
-    fully_shard(module, mesh=of_all, **how)
+    fully_shard(module, mesh=of_all, **in_float32)
     for name in getattr(module, "forward_methods", ()):
         register_fsdp_forward_method(module, name)
     return module
@@ -282,23 +286,31 @@ def gathered(fabric: Fabric, module: nn.Module) -> Iterator[None]:
     """
     roots = _roots(module)
     if roots:
-        _check_room(fabric, module, roots[0]._get_fsdp_state()._mp_policy.param_dtype)
+        _check_room(fabric, module)
     parts = [(root, part) for root in roots for part in cast(nn.Module, root).modules() if isinstance(part, FSDPModule)]
     for _, part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
-        yield
+        with fabric.autocast() if roots else nullcontext():  # blocks are bfloat16 beside float32 norms and embeddings
+            yield
     finally:
         for root, part in parts:
             part.set_reshard_after_forward(part is not root, recurse=False)  # the outermost one is needed next
         _forget_passes(roots)
 
 
-def _check_room(fabric: Fabric, module: nn.Module, dtype: torch.dtype | None) -> None:
+def _check_room(fabric: Fabric, module: nn.Module) -> None:
     """All ranks: compare the whole weights with the free memory of the device, or of a CPU's share of the machine."""
+    shards = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    dtypes = {  # of gathered blocks
+        weight: dtype
+        for part in shards
+        if (dtype := part._get_fsdp_state()._mp_policy.param_dtype)
+        for weight in cast(nn.Module, part).parameters()
+    }
     needed = sum(
-        weight.numel() // _share_of_blocks(weight) * (dtype or weight.dtype).itemsize
+        weight.numel() // _share_of_blocks(weight) * dtypes.get(weight, weight.dtype).itemsize
         for weight in module.parameters()
         if isinstance(weight, DTensor)
     )

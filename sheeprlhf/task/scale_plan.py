@@ -130,8 +130,8 @@ class Ranks(NamedTuple):
     total: int  # all processes
     shards: int  # processes that hold one copy of the weights together; 1 without fsdp2
     tensor: int  # processes that compute the same rows
-    gather_bytes: int  # of a gathered number
-    reduce_bytes: int  # of a number of a reduced gradient
+    gather_bytes: int  # of a gathered number of a block
+    reduce_bytes: int  # of a number of a reduced gradient, and of a gathered number around the blocks
 
 
 def ranks_of(fabric: FabricConfig) -> Ranks:
@@ -182,11 +182,11 @@ def _sharded(parts: MemoryPlan, config: TrainConfig, size: ModelSize, device: st
         held["weights"] += 4 * config.task.num_q_heads * size.head * (ranks.shards - 1) // ranks.shards
     if config.fabric.offload == "cpu" and device == "cuda":
         held = dict.fromkeys(SHARDED, 0)
-    casts = min(size.fixed, 2 * size.parameters) if config.fabric.precision == "bf16-mixed" else 0
+    casts = min(size.fixed, 2 * (size.parameters - size.outside)) if config.fabric.precision == "bf16-mixed" else 0
     return parts._replace(
         **held,
         activations=parts.activations - casts,
-        gathered=whole * ranks.gather_bytes + gradients * ranks.reduce_bytes,
+        gathered=(whole - size.outside) * ranks.gather_bytes + (size.outside + gradients) * ranks.reduce_bytes,
     )
 
 
@@ -231,9 +231,9 @@ def traffic(config: TrainConfig, size: ModelSize, *, passes: int) -> Traffic:
     of_blocks = (s / ranks.tensor - 1) / s  # of a number in the blocks, what a rank receives of the others
     blocks = size.parameters - size.outside
     around, trained = train - min(train, blocks), min(train, blocks) + more_trained
-    gathered = passes * (size.outside * (s - 1) / s + 2 * (blocks + more) * of_blocks)
+    gathered_blocks = passes * 2 * (blocks + more) * of_blocks
     return Traffic(
-        gather=round(gathered * ranks.gather_bytes),
+        gather=round(passes * size.outside * (s - 1) / s * ranks.reduce_bytes + gathered_blocks * ranks.gather_bytes),
         reduce=round((around * (s - 1) / s + trained * of_blocks) * ranks.reduce_bytes),
         all_reduce=round(2 * (around + trained) / s * (r - 1) / r * ranks.reduce_bytes),
     )
