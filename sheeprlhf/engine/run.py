@@ -192,6 +192,10 @@ class Run:
         """All ranks, after each step: SIGTERM or SIGINT: save and `stop`; SIGUSR1: save and continue; else None."""
         return self._signals.agreed(self._fabric) if self._signals is not None else None
 
+    def has_stop_signal(self) -> bool:
+        """Return True if this rank has received a signal to stop."""
+        return self._signals is not None and self._signals.stop_pending() != 0
+
     def stop(self, signum: int) -> NoReturn:
         """All ranks, after saving: rank zero reports the signal, the others end quietly, so that it is not killed."""
         self._fabric.barrier()

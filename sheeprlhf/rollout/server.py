@@ -70,7 +70,7 @@ from sheeprlhf.utils.processes import in_thread
 ADAPTER = "sheeprlhf-policy"  # name of the policy's adapter on the servers
 SPEED = "rollout/server_tokens_per_second"  # a metric for each server, with its number in rollout.urls from 1
 _IN_FLIGHT = 64  # most prompts that a server answers at a time
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 15.0  # seconds before servers are asked again, doubled each time
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 5.0  # seconds before servers are asked again, doubled each time
 _MAX_FAILED_LOADS = 3  # a server that cannot load the weights so many times has another model
 _NO_BIAS = -100.0  # the lowest that vLLM takes: a probability below 1e-43
 _BYTES_PER_TOKEN = 256  # of an answer
@@ -127,10 +127,12 @@ class RolloutServers:
         stop: StopStrings,
         run_dir: Path,
         say: Notify,
+        stops: Callable[[], bool],
     ) -> None:
+        """Prepare without asking a server; `stops` returns True as soon as a signal to stop has reached this rank."""
         assert isinstance(cfg.rollout, VLLMRolloutConfig)
         self._fabric, self._cfg, self._options, self._policy, self._say = fabric, cfg, cfg.rollout, policy, say
-        self._tokenizer, self._stop, self._end_ids = tokenizer, stop, end_token_ids(tokenizer)
+        self._tokenizer, self._stop, self._end_ids, self._stops = tokenizer, stop, end_token_ids(tokenizer), stops
         folder = self._options.sync_dir
         name = f"rollout-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]}"
         self._folder = run_dir.resolve() / "rollout_weights" if folder is None else expand_home(folder).resolve() / name
@@ -422,6 +424,8 @@ class RolloutServers:
                 problem = "; ".join(f"{url}: {reason}" for url, reason in failed.items())
                 if len(found) > before:
                     since, pause = time.monotonic(), _FIRST_WAIT
+                elif self._stops():
+                    raise RolloutServerError(f"stopped by a signal while no server answered ({problem})")
                 elif time.monotonic() - since + pause > limit:
                     raise RolloutServerError(
                         f"rollout.urls: no server has answered for rollout.timeout={limit:g} s ({problem}): start the "

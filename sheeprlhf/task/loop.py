@@ -55,6 +55,7 @@ from sheeprlhf.task.finish import (
 from sheeprlhf.task.models import build_collector, load_initial_policy, load_online_setup, load_options, rows_of_shard
 from sheeprlhf.utils.errors import ConfigError, DataError, RolloutServerError
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
+from sheeprlhf.utils.processes import STOP_SIGNALS
 
 
 class TrainLoop:
@@ -460,12 +461,16 @@ class RolloutLoop:
 
     @contextmanager
     def _saved_at_server_errors(self) -> Iterator[None]:
-        """Save the state if rollout servers fail: it is that after a whole iteration."""
+        """Save the state if rollout servers fail, or a signal ends waiting for them: it is that after an iteration."""
         try:
             yield
         except RolloutServerError:
             if self.state.step:
                 self.run.save()
+            signum = self.run.stop_signal()
+            if signum in STOP_SIGNALS:
+                self.run.finish_saving()
+                self.run.stop(signum)
             raise
 
     def _record_validation(self) -> None:

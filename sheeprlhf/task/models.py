@@ -187,7 +187,8 @@ def build_collector(fabric: Fabric, run: Run, setup: OnlineSetup, reference: nn.
     models, cfg, servers = setup.models, run.cfg, None
     if isinstance(cfg.rollout, VLLMRolloutConfig):
         stop = StopStrings(cfg.generation.stop_strings, setup.tokenizer)
-        servers = resolve_name(cfg.rollout.source)(fabric, cfg, models.policy, setup.tokenizer, stop, run.dir, run.say)
+        given = (fabric, cfg, models.policy, setup.tokenizer, stop, run.dir, run.say, run.has_stop_signal)
+        servers = resolve_name(cfg.rollout.source)(*given)
     for term in models.rewards.values():
         to_device(fabric, term.model)
     return RolloutCollector(

@@ -79,6 +79,25 @@ def test_a_run_stops_without_a_server_and_goes_on_where_it_was(tmp_path: Path, m
         assert digests(tmp_path / "run" / "final") == digests(whole / "final")
 
 
+def test_a_signal_to_stop_is_not_kept_waiting_for_servers(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """No server answers in the second rollout, in which the signal comes, long before `rollout.timeout`."""
+    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
+    with vllm_server(model) as server:
+
+        def fault(path: str, number: int) -> int | None:
+            if path != GENERATE or number <= 8:
+                return None
+            os.kill(os.getpid(), signal.SIGTERM)
+            return 503
+
+        server.fault = fault
+        line = train_words(model, data, tmp_path / "run", *words(server.url, "rollout.timeout=240"), task="grpo")
+        began = time.monotonic()
+        assert exit_code(line) == 128 + signal.SIGTERM
+        assert time.monotonic() - began < 200
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+
+
 def test_sampling_ahead_weighs_tokens_by_importance(tmp_path: Path, model_folder: ModelFolder) -> None:
     """Rollout 1 is sampled with the weights of rollout 0, which are the reference's, and used after an iteration."""
     model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")

@@ -99,7 +99,14 @@ def make_client(
     run_dir.mkdir(exist_ok=True)
     said: list[str] = []
     own = RolloutServers(
-        make_fabric(cfg.fabric), cfg, policy, tokenizer, StopStrings(stop, tokenizer), run_dir, said.append
+        make_fabric(cfg.fabric),
+        cfg,
+        policy,
+        tokenizer,
+        StopStrings(stop, tokenizer),
+        run_dir,
+        said.append,
+        stops=lambda: False,
     )
     return Client(policy=policy, servers=own, said=said, folder=run_dir / "rollout_weights", cfg=cfg)
 
