@@ -70,7 +70,7 @@ BAD = [
     # how they are written
     ("train task = sft", ["task=sft"]),
     ("train task=sft hf_token = verysecret", ["hf_token"]),
-    ("train task=sft run_name=a(b", ["run_name=a(b", "quote", "\"run_name='...'\""]),
+    ("train task=sft run_name='a(b", ["run_name='a(b", "quote"]),
     ("train task=sft run_name=a,b", ["need -m", "\"run_name='a,b'\""]),
     ("train task=sft seed=1,2", ["seed=1,2", "-m"]),
     ("train task=sft fabric.devices=[0,1]", ["quote it", "fabric.devices='0,1'"]),
