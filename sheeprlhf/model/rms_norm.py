@@ -58,8 +58,7 @@ class RMSNorm(nn.Module):
         """Normalise the last dimension."""
         if hidden.device.type != "cpu":
             return self.forward_fused(hidden)
-        output_TC = _RMSNorm.apply(hidden.flatten(0, -2), self.weight, self.eps, self._dtype(hidden))
-        return output_TC.view_as(hidden)
+        return _RMSNorm.apply(hidden, self.weight, self.eps, self._dtype(hidden))
 
     def forward_fused(self, hidden: Tensor) -> Tensor:
         """By torch's own function, which is one kernel on a GPU."""
@@ -75,30 +74,33 @@ class RMSNorm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
+    """Its output is no view: a change in place of a view would drop a hook of FSDP."""
+
     @staticmethod
-    def forward(ctx: Any, x_TC: Tensor, weight_C: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        output_TC = torch.empty_like(x_TC, dtype=dtype)
+    def forward(ctx: Any, hidden: Tensor, weight_C: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        x_TC, output = hidden.flatten(0, -2), hidden.new_empty(hidden.shape, dtype=dtype)
         scale_T1 = torch.empty_like(at_least_float32(x_TC[:, :1]))
-        for x, scale, output in _chunks(x_TC, scale_T1, output_TC):
+        for x, scale, normed in _chunks(x_TC, scale_T1, output.flatten(0, -2)):
             torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=scale.dtype, out=scale)
             scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-            torch.mul(x * scale, weight_C, out=output)
+            torch.mul(x * scale, weight_C, out=normed)
         ctx.save_for_backward(x_TC, weight_C, scale_T1)
-        return output_TC
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x_TC, weight_C, scale_T1 = ctx.saved_tensors
-        grad_x_TC = torch.empty_like(x_TC)
+        grad_x = grads[0].new_empty(grads[0].shape, dtype=x_TC.dtype)
         grad_weight_C = torch.zeros_like(at_least_float32(weight_C)) if ctx.needs_input_grad[1] else None
-        for x, scale, grad, grad_x in _chunks(x_TC, scale_T1, grads[0], grad_x_TC):
+        parts = _chunks(x_TC, scale_T1, grads[0].flatten(0, -2), grad_x.flatten(0, -2))
+        for x, scale, grad, grad_of_x in parts:
             normed, grad = x * scale, at_least_float32(grad)
             if grad_weight_C is not None:
                 grad_weight_C += (grad * normed).sum(dim=0)
             grad = grad * weight_C
             mean = (grad * normed).mean(dim=-1, keepdim=True)
-            torch.mul(grad.addcmul_(normed, mean, value=-1), scale, out=grad_x)
-        return grad_x_TC, None if grad_weight_C is None else grad_weight_C.to(weight_C.dtype), None, None
+            torch.mul(grad.addcmul_(normed, mean, value=-1), scale, out=grad_of_x)
+        return grad_x, None if grad_weight_C is None else grad_weight_C.to(weight_C.dtype), None, None
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
