@@ -13,14 +13,13 @@ import inspect
 import json
 import re
 import signal
-import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
-from multiprocessing import get_context, resource_tracker
+from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -53,7 +52,7 @@ from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import DataConfig, KeptColumns, LayoutDataConfig, MixDataConfig
 from sheeprlhf.utils.errors import DataError, Notify, SheepError
 from sheeprlhf.utils.output import create_file, discard, locked, written_folder
-from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, BoundToThis, start_bound
+from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, BoundToThis, spawn_context, start_bound
 from sheeprlhf.utils.rendering import fixed_arguments
 
 FEWEST_FREQUENT = 4  # rows; with fewer, a prompt that has most of them says nothing
@@ -412,8 +411,7 @@ def _tokenized(tokenize: RowTokenizer, batches: Iterator[list[Row]], num_proc: i
     if num_proc == 1:
         yield from map(tokenize, batches)
         return
-    _check_script(num_proc)
-    context = get_context("spawn")
+    context = spawn_context(f"data.num_proc={num_proc}")
     with signals_held_back():
         stop = context.Event()  # starts a process that keeps account of such things
     pool = ProcessPoolExecutor(num_proc, context, start_bound, (BoundToThis(), _start_worker, tokenize, stop))
@@ -427,16 +425,6 @@ def _tokenized(tokenize: RowTokenizer, batches: Iterator[list[Row]], num_proc: i
     finally:
         stop.set()  # killed in the middle of an answer, a process would leave the pool waiting for the rest of it
         pool.shutdown(cancel_futures=True)
-
-
-def _check_script(num_proc: int) -> None:
-    """Raise DataError if the running script would run again in the processes: they and this one would wait forever."""
-    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-    if script.is_file() and b"__main__" not in script.read_bytes():
-        raise DataError(
-            f"data.num_proc={num_proc} starts processes that read {script} again: put what it does below "
-            '`if __name__ == "__main__":`, or give data.num_proc=1'
-        )
 
 
 @contextmanager
@@ -527,7 +515,7 @@ class Stream:
         if self._leads:
             arguments = (BoundToThis(), self._cfg, self._tokenizer, self._how, number)
             with signals_held_back():
-                self._ahead = get_context("spawn").Process(target=_prepare, args=arguments)
+                self._ahead = spawn_context("data.streaming=true").Process(target=_prepare, args=arguments)
                 self._ahead.start()
 
     def close(self, *, wait: bool = False) -> None:

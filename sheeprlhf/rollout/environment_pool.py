@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 from sheeprlhf.rollout import tool_environments
 from sheeprlhf.security.user_calls import describe_exception, import_function, importable_from
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.processes import BoundToThis, ignore_interrupts, start_bound
+from sheeprlhf.utils.processes import BoundToThis, ignore_interrupts, spawn_context, start_bound
 
 BUILTINS = {"calculator": tool_environments.Calculator, "python": tool_environments.PythonTests}
 INVALID_CALL = "error: a call is a JSON object with a name and an object of arguments"
@@ -128,7 +127,7 @@ class EnvironmentPool:
         found = self._processes[number]
         if found is not None:
             return found[1]
-        context = get_context("spawn")
+        context = spawn_context(f"rollout.environment={self._source}")
         ours, theirs = context.Pipe()
         arguments = (BoundToThis(), _serve, theirs, self._source, os.getcwd(), self._timeout)
         process = context.Process(target=start_bound, args=arguments, daemon=True)

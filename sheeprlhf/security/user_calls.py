@@ -20,12 +20,11 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from enum import Enum
 from functools import partial
-from multiprocessing import get_context
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 from sheeprlhf.utils.errors import ConfigError, RewardError
-from sheeprlhf.utils.processes import BoundToThis, ignore_interrupts, start_bound
+from sheeprlhf.utils.processes import BoundToThis, ignore_interrupts, spawn_context, start_bound
 
 Arguments = tuple[list[Any], dict[str, Any]]  # of a call, by position and by name
 _SHOWN_MESSAGE = 400  # characters of an exception's message
@@ -148,7 +147,8 @@ class FunctionCaller:
     def _in_processes(self, arguments: list[Arguments]) -> Iterator[Any]:
         if self._pool is None:
             bound = (BoundToThis(), ignore_interrupts)
-            self._pool = ProcessPoolExecutor(self._num_workers, get_context("spawn"), start_bound, bound)
+            context = spawn_context(f"reward.num_workers={self._num_workers}")
+            self._pool = ProcessPoolExecutor(self._num_workers, context, start_bound, bound)
         try:
             yield from self._pool.map(partial(_call_in_process, self._name, os.getcwd(), self._timeout), arguments)
         except BrokenProcessPool:

@@ -15,10 +15,14 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import sheeprlhf
+from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.launchers import OUTPUT_FILE, child_environment
+
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnContext
 
 Result = TypeVar("Result")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, signal.SIGUSR2)
@@ -70,6 +74,21 @@ class BoundToThis:
     def __reduce__(self) -> tuple[Any, ...]:
         """Make unpickling call `die_with_parent`, whose result is None."""
         return die_with_parent, (os.getpid(),)
+
+
+def spawn_context(option: str) -> "SpawnContext":
+    """What makes fresh processes, for which `option` asks.
+
+    Raises ConfigError if the running script has no guard: the processes would run it again, and wait for each other.
+    """
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    if script.is_file() and b"__main__" not in script.read_bytes():
+        raise ConfigError(
+            f'{option} starts processes that read {script} again: put what it does below `if __name__ == "__main__":`'
+        )
+    from multiprocessing import get_context
+
+    return get_context("spawn")
 
 
 def start_bound(_: BoundToThis | None, start: Callable[..., None], *args: Any) -> None:

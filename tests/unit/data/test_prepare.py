@@ -567,15 +567,3 @@ def test_like_a_set(different: int) -> None:
             expected.append(digest in known)
             known.add(digest)
         assert seen.add(digests).tolist() == expected
-
-
-def test_a_script_that_would_run_again_in_each_process_is_rejected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its processes would wait for the folder that it has locked."""
-    script = tmp_path / "script.py"
-    script.write_text("prepare_data(...)\n")
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "response": "r"}\n' * 3)
-    with pytest.raises(DataError, match=r"script\.py"):
-        prepare(local(tmp_path, train_file=str(tmp_path / "rows.jsonl"), num_proc=2), byte_tokenizer())

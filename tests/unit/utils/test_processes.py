@@ -6,13 +6,19 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sheeprlhf.data.prepare import Stream
+from sheeprlhf.rollout.environment_pool import EnvironmentPool
+from sheeprlhf.security.user_calls import FunctionCaller
 from sheeprlhf.utils import processes
 from sheeprlhf.utils import processes as child
+from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.processes import (
     STOP_SIGNALS,
     Terminated,
@@ -21,6 +27,7 @@ from sheeprlhf.utils.processes import (
     just_interrupted,
     reliable_sigint,
 )
+from tests.unit.data.toy import byte_tokenizer, local, prepare
 
 POOL = """
 import multiprocessing
@@ -280,3 +287,30 @@ def test_a_signal_that_another_thread_takes_while_the_command_starts_is_passed_o
     with child.children() as started:
         assert started.run([]) == 9
         assert started.stopped_by == signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("option", "start"),
+    [
+        ("data.num_proc=2", lambda cfg: prepare(replace(cfg, num_proc=2), byte_tokenizer())),
+        (
+            "data.streaming=true",
+            lambda cfg: Stream(
+                replace(cfg, streaming=True), byte_tokenizer(), kind="sft", say=print, leads=True
+            ).prepare_ahead(1),
+        ),
+        ("reward.num_workers=2", lambda _: list(FunctionCaller("len", len, None, 2, None).call_each([]))),
+        ("rollout.environment=calculator", lambda _: EnvironmentPool("calculator", 1, 1.0).start()),
+    ],
+)
+def test_a_script_that_its_processes_would_run_again_is_rejected(
+    option: str, start: Callable[[Any], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that prepares data would wait for the folder that its processes have locked."""
+    script, data = tmp_path / "script.py", tmp_path / "rows.jsonl"
+    script.write_text("train(...)\n")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
+    data.write_text('{"prompt": "p", "response": "r"}\n' * 3)
+    with pytest.raises(ConfigError) as error:
+        start(local(tmp_path, train_file=str(data)))
+    assert option in str(error.value) and str(script) in str(error.value)
