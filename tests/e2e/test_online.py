@@ -64,7 +64,7 @@ def test_a_run_ends_after_exactly_so_many_steps(
     ("task", "precision", "tolerance"),
     [
         ("ppo", "32-true", 1e-5),
-        pytest.param("rloo", "32-true", 1e-5, marks=pytest.mark.nightly),
+        pytest.param("rloo", "32-true", 1e-5, marks=pytest.mark.slow),
         ("grpo", "bf16-mixed", 1e-2),
     ],
 )

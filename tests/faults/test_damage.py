@@ -118,7 +118,9 @@ def test_another_configuration_is_refused_and_the_difference_reported(override: 
     assert str(begun / "config.yaml") in str(refused.value)
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(25, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "rounds", [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(25, marks=pytest.mark.nightly)]
+)
 def test_eight_starters_one_winner(rounds: int, tmp_path: Path) -> None:
     """Eight processes want the directory at once; its holder is killed, and the next round finds it free."""
     losers = 0

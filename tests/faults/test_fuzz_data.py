@@ -36,7 +36,7 @@ from sheeprlhf.utils.errors import DataError
 from tests.support.batches import as_read, by_definition
 from tests.unit.data.toy import BOS_TEMPLATE, byte_tokenizer
 
-FEW = 45  # of each of the three sources
+FEW = 90  # of each of the three sources
 ALL = pytest.param(3_334, marks=pytest.mark.nightly)
 FORMATS = (LocalDataConfig, DocstringsConfig, SummarizationConfig, HelpfulHarmlessConfig)
 TOKENIZERS = [

@@ -70,7 +70,7 @@ def mutations(text: str) -> Iterator[Mutation]:
     yield "repeated key", f"{text.rstrip()[:-1]}, {json.dumps(first)}: {json.dumps(content[first])}}}"
 
 
-def chosen(text: str, number: int | None = None) -> list[Mutation]:
+def chosen(text: str, number: int | None) -> list[Mutation]:
     """A sample of the mutations; None takes all, or `TRIALS` of the environment."""
     found = list(mutations(text))
     number = number or int(os.environ.get("TRIALS", str(len(found))))
@@ -95,12 +95,13 @@ def outcome(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]
     return call
 
 
+AMOUNTS = [pytest.param(3, marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.nightly)]
 FILES = ("run.json", "data_report.json", "eval/perplexity-test-final.json", "checkpoints/step-4/state.json")
 
 
-@pytest.mark.nightly  # tests/unit/apps/test_list.py and test_report.py have a few of each file
+@pytest.mark.parametrize("amount", AMOUNTS)  # tests/unit/apps/test_list.py and test_report.py have a few of each file
 @pytest.mark.parametrize("name", FILES)
-def test_list_and_report_show_the_other_run(name, outcome, tmp_path: Path, monkeypatch) -> None:
+def test_list_and_report_show_the_other_run(name, amount, outcome, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
     root = tmp_path / "runs"
     odd = make_past_run(root / "odd", status="running" if "checkpoints" in name else "finished", config_hash="h")
@@ -110,7 +111,7 @@ def test_list_and_report_show_the_other_run(name, outcome, tmp_path: Path, monke
     (odd / "checkpoints" / "step-4").mkdir(parents=True)
     (odd / "checkpoints" / "step-4" / "state.json").write_text(json.dumps(state))
     text = (odd / name).read_text()
-    for kind, mutated in chosen(text):
+    for kind, mutated in chosen(text, amount):
         write(odd / name, mutated)
         code, listed = outcome("list", "runs", str(root))
         assert code == 0 and str(root / "good") in listed and str(odd) in listed, kind
@@ -122,12 +123,12 @@ def test_list_and_report_show_the_other_run(name, outcome, tmp_path: Path, monke
             assert printed == (f"{odd / name} is damaged" in listed + reported), (kind, shown)
 
 
-@pytest.mark.nightly  # tests/unit/engine/test_rundir.py has a few
-def test_a_run_that_is_resumed(outcome, tmp_path: Path) -> None:
+@pytest.mark.parametrize("amount", AMOUNTS)  # tests/unit/engine/test_rundir.py has a few
+def test_a_run_that_is_resumed(amount, outcome, tmp_path: Path) -> None:
     folder = make_past_run(tmp_path / "run")
     before = sorted(path.name for path in folder.iterdir())
     usual = {"status": "running", "started": 1.7e9, "config_hash": "other", "command": ["train"], "step": 3}
-    for kind, mutated in chosen(json.dumps(usual)):
+    for kind, mutated in chosen(json.dumps(usual), amount):
         write(folder / "run.json", mutated)
         code, printed = outcome("train", f"resume_from={folder}")
         assert code == 2 and (f"{folder}/run.json is damaged" in printed or "other" in printed), (kind, printed)

@@ -152,8 +152,9 @@ def loaded(folder):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "way"), [*(("llama", way) for way in WAYS), ("gpt2", "both"), ("falcon", "both")]
+    "architecture", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "falcon"))]
 )
+@pytest.mark.parametrize("way", WAYS)
 def test_it_writes_what_generate_writes(architecture, way, model_folder):
     folder = model_folder(architecture)
     cfg = GenConfig(max_new_tokens=12, **WAYS[way])
