@@ -123,7 +123,7 @@ def parse_args(words: list[str]) -> ParsedArgs:
     if any(map(_SPECIAL.search, args.words)):
         from sheeprlhf.config.overrides import quote_texts  # imports Hydra
 
-        args = args._replace(words=[quote_texts(word) if _SPECIAL.search(word) else word for word in args.words])
+        args = args._replace(words=[quote_texts(word) for word in args.words])
     return args
 
 

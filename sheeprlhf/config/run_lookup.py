@@ -62,10 +62,8 @@ def _warn(text: str) -> None:
 def root_of(run_dir: Path) -> Path | None:
     """The `root_dir` in which `train` made a run directory; None if the directory was given by the user."""
     info = read_run(run_dir)
-    *_, data, model, task, _, _ = ("", "", "", *run_dir.parts)
-    return (
-        run_dir.parents[4] if (data, model, task) == (info.get("data"), info.get("model"), info.get("task")) else None
-    )
+    groups = tuple(info.get(name) for name in ("data", "model", "task"))
+    return run_dir.parents[4] if run_dir.parts[-5:-2] == groups else None
 
 
 def find_runs(root_dir: str | Path) -> list[FoundRun]:

@@ -143,12 +143,8 @@ def test_a_dry_step_moves_the_planned_bytes(
     assert seen.parameters == size.parameters / 2 + head
     assert seen.state == size.trainable_numbers + size.trainable_tensors + 2 * head
     planned = traffic(config, size, passes=1)
-    if (
-        precision == "bf16-mixed"
-    ):  # the plan counts the gains of norms, 2 x 2 x 16 numbers, as the 2 bytes of the blocks
-        planned = planned._replace(
-            gather=planned.gather + 2 * 2 * 2 * 16
-        )  # half of them come from the other rank, twice
+    if precision == "bf16-mixed":  # 2 x 2 x 16 gains of norms have 4 bytes, not 2; half of them are received, twice
+        planned = planned._replace(gather=planned.gather + 2 * 2 * 2 * 16)
     assert seen.traffic == pytest.approx(planned, abs=20 * head)  # the score head is gathered in float32
     assert (seen.traffic.all_reduce > 0) == (replicas > 1)
 
