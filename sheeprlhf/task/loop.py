@@ -53,7 +53,7 @@ from sheeprlhf.task.finish import (
     write_rollout,
 )
 from sheeprlhf.task.models import build_collector, load_initial_policy, load_online_setup, load_options, rows_of_shard
-from sheeprlhf.utils.errors import ConfigError, DataError, RolloutServerError
+from sheeprlhf.utils.errors import ConfigError, DataError, RewardError, RolloutServerError
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 from sheeprlhf.utils.processes import STOP_SIGNALS
 
@@ -410,7 +410,7 @@ class RolloutLoop:
         def prompts_of(rollout: int) -> list[Example]:
             return self.rows.examples(plan.prompts.rows_of_step(rollout).tolist())
 
-        with self._saved_at_server_errors():
+        with self._saved_at_errors():
             rollout = self.collect(prompts_of(number), number)
             last = min(number + getattr(self.run.cfg.rollout, "max_staleness", 0), stop - 1)
             self.collect.sample_ahead([(later, prompts_of(later)) for later in range(number + 1, last + 1)], number)
@@ -460,13 +460,14 @@ class RolloutLoop:
             run.end_step(save=save, last=last)
 
     @contextmanager
-    def _saved_at_server_errors(self) -> Iterator[None]:
-        """Save the state if rollout servers fail, or a signal ends waiting for them: it is that after an iteration."""
+    def _saved_at_errors(self) -> Iterator[None]:
+        """Save the state, that after an iteration, if the reward or rollout servers fail, or a signal ends waiting."""
         try:
             yield
-        except RolloutServerError:
+        except (RewardError, RolloutServerError) as error:
             if self.state.step:
                 self.run.save()
+                error.add_note(f"the state of step {self.state.step} is saved: resume=true continues")
             signum = self.run.stop_signal()
             if signum in STOP_SIGNALS:
                 self.run.finish_saving()
@@ -475,7 +476,7 @@ class RolloutLoop:
 
     def _record_validation(self) -> None:
         assert self._validate is not None
-        with self._saved_at_server_errors(), self._eval_weights():
+        with self._saved_at_errors(), self._eval_weights():
             result = self._validate(self.state.step)
         record_validation(self.run, self.state, result, "objective", highest=True)
 

@@ -13,7 +13,7 @@ from sheeprlhf.cli import run
 from tests.e2e.test_online import figures
 from tests.support.judge_server import judge_server
 from tests.support.models import ModelFolder
-from tests.support.runs import exit_code, rejected, train_words, write_rows
+from tests.support.runs import digests, exit_code, rejected, train_words, write_rows
 
 KEY = "a-key-of-nobody-1234567890"
 
@@ -42,6 +42,27 @@ def test_a_run_learns_from_a_judge_and_counts_its_failures(
     assert found["objective/judge_failures"] == [scores.count(1.0)]
     assert found["objective/scores"] == pytest.approx([sum(scores) / len(scores)])
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+def test_a_run_whose_judge_fails_saves_its_state_and_goes_on_where_it_was(
+    tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    """The second of two rollouts gets no scores; there is no other checkpoint than that of the failure."""
+    model, options = model_folder(), ["reward.judge_prompt='{response}'", "reward.normalize=true"]
+    options += ["task.rollout_size=12", "task.save_interval=99", "task.eval_interval=99"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+    with judge_server(lambda question, _: (200, str(len(question) % 10))) as server:
+        run(words_of(server.url, model, whole, *options))
+        reply, asked = server.reply, len(server.requests)
+        server.requests.clear()
+        server.reply = lambda question, _: reply(question, 0) if len(server.requests) <= asked // 2 else (400, "")
+        assert exit_code(words_of(server.url, model, stopped, *options)) == 1
+        assert [path.name for path in (stopped / "run" / "checkpoints").iterdir()] == ["step-2"]
+        server.reply = reply
+        run(words_of(server.url, model, stopped, *options, "resume=true"))
+    assert digests(stopped / "run" / "final") == digests(whole / "run" / "final")
 
 
 def test_a_server_that_is_not_there_is_reported_before_anything_is_made(
