@@ -28,6 +28,7 @@ from sheeprlhf.utils.launchers import (
     leave_to_rank_zero,
     local_rank,
 )
+from sheeprlhf.utils.output import disk_full
 from sheeprlhf.utils.processes import (
     SAVE_SIGNAL,
     Terminated,
@@ -136,7 +137,8 @@ def _guarded(action: Callable[[], int], debug: bool, messages: list[str] | None 
                 return error.exit_code if isinstance(error, SheepError) else 1
         if debug:
             print(plain_text(redact_text(traceback.format_exc())), file=sys.stderr)
-        message = _message(error, debug)
+        full = disk_full(error) if isinstance(error, OSError) else None
+        message = _message(full or error, debug)
         if sys.stderr.isatty() or "FORCE_COLOR" in os.environ:
             from sheeprlhf.apps.terminal import print_error  # imports rich, for colours
 

@@ -13,7 +13,7 @@ from typing import Any
 from sheeprlhf.security.json_records import MANIFEST as SCHEMA
 from sheeprlhf.security.json_records import load_json
 from sheeprlhf.utils.errors import CheckpointError, RecordError
-from sheeprlhf.utils.output import create_file, fsync, make_private, open_file, scratch_folder
+from sheeprlhf.utils.output import create_file, fsync, is_disk_error, make_private, open_file, scratch_folder
 
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1
@@ -43,12 +43,12 @@ def write_folder(
             os.rename(new, target)
             fsync(target.parent)
     except BaseException as error:
-        # safetensors reports a full disk as its own class of error, which is not an OSError
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+        if is_disk_error(error):
             free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
-            raise CheckpointError(
-                f"cannot write {target}: {error}; about {num_bytes:,} bytes are needed, {free:,} are free. {advice}"
-            ) from error
+            needed = (
+                f"about {num_bytes:,} bytes are needed, {free:,} are free" if num_bytes else f"{free:,} bytes are free"
+            )
+            raise CheckpointError(f"cannot write {target}: {error}; {needed}. {advice}") from error
         raise
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from sheeprlhf.config.command_words import hydra_value
 from sheeprlhf.config.registry import PERFORMANCE_ONLY_OPTIONS, config_hash, config_to_dict
 from sheeprlhf.engine.checkpoint import (
     NOT_THE_SAME,
@@ -243,7 +244,8 @@ def open_run(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> Iterator[Run]:
         if fabric.is_global_zero:
             for key, was, now in changed_options(cfg, run_dir):
                 if key in PERFORMANCE_ONLY_OPTIONS:
-                    run.say(f"{key} was {was} and is {now} now: the run continues, {NOT_THE_SAME}")
+                    values = f"{key} was {hydra_value(was)} and is {hydra_value(now)} now"
+                    run.say(f"{values}: the run continues, {NOT_THE_SAME}")
             if fabric.device.type == "cuda" and not cfg.torch_deterministic:
                 run.say(ON_CUDA)
         try:

@@ -81,16 +81,16 @@ def make_folder(folder: Path, name: str) -> Path:
 def create_file(folder: Path, name: str, content: bytes = b"") -> Path:
     """Create a new file in a folder that exists, whole or not at all. Raises UnsafePathError and OSError."""
     path = safe_path(folder, name)
-    with open(open_file(path, os.O_WRONLY | os.O_EXCL | os.O_CREAT), "wb") as file:
-        try:
+    descriptor = open_file(path, os.O_WRONLY | os.O_EXCL | os.O_CREAT)
+    try:
+        with open(descriptor, "wb") as file:
             make_private(path)
             file.write(content)
-            file.flush()
-        except BaseException as error:
-            path.unlink()
-            if isinstance(error, OSError) and error.errno is not None:
-                error.filename = error.filename or str(path)  # only opening a file names it
-            raise
+    except BaseException as error:
+        path.unlink()
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or str(path)  # only opening a file names it
+        raise
     return path
 
 
@@ -99,7 +99,11 @@ def write_file(folder: Path, name: str, content: bytes) -> Path:
     path = safe_path(folder, name)
     _check_plain(path)
     make_folders(path.parent)
-    temporary = create_file(path.parent, f".{path.name}.{uuid.uuid4().hex[:8]}", content)
+    try:
+        temporary = create_file(path.parent, f".{path.name}.{uuid.uuid4().hex[:8]}", content)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     try:
         fsync(temporary)
         replace(temporary, path)
@@ -309,15 +313,21 @@ def written_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_errors(what: str, advice: str) -> Iterator[None]:
-    """Turn an error of the disk into a ModelError with advice; safetensors has its own class for a full disk."""
+    """Turn an error of the disk into a ModelError with advice."""
     try:
         yield
     except SheepError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+        if is_disk_error(error):
             raise ModelError(f"{what}: {error}; {advice}") from error
         raise
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """True if writing failed: safetensors and tokenizers, written in Rust, raise no OSError for a full disk."""
+    of_tokenizers = type(error) is Exception and "(os error " in str(error)
+    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or of_tokenizers
 
 
 def sweep(folder: Path) -> None:
@@ -432,13 +442,12 @@ def real_file(path: Path, root: Path) -> Path:
     return real
 
 
-def disk_full(error: OSError, folder: Path) -> DiskFullError | None:
-    """The error to raise if writing below `folder` failed because its disk or a quota is full; None otherwise."""
+def disk_full(error: OSError, run_dir: Path | None = None) -> DiskFullError | None:
+    """The error to raise if writing, for a run or another command, failed on a full disk or quota; None otherwise."""
     if error.errno not in _FULL:
         return None
-    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder
-    free = shutil.disk_usage(path.parent if path.parent.is_dir() else folder).free
-    return DiskFullError(
-        f"cannot write {path}: {error.strerror}; {free:,} bytes are free there. Free space, then continue with "
-        f"resume_from={folder}"
-    )
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else run_dir or Path()
+    free = shutil.disk_usage(path.parent if path.parent.is_dir() else run_dir or Path()).free
+    again = "give the command again" if run_dir is None else f"continue with resume_from={run_dir}"
+    advice = f"{free:,} bytes are free there. Free space, then {again}"
+    return DiskFullError(f"cannot write {path}: {error.strerror}; {advice}")

@@ -18,14 +18,14 @@ from torch.optim import Optimizer
 from sheeprlhf.cli import run
 from sheeprlhf.engine.checkpoint import TrainState, save_checkpoint
 from sheeprlhf.engine.fabric import make_fabric
-from sheeprlhf.engine.manifest import verify_manifest
+from sheeprlhf.engine.manifest import verify_manifest, write_folder
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.structure.run import AdamWConfig, FabricConfig
 from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.utils.errors import CheckpointError
 from tests.support.jobs import JobServer
 from tests.support.machines import fill, read_only, small_disk
-from tests.support.models import ModelFolder
+from tests.support.models import ModelFolder, byte_tokenizer
 from tests.support.runs import exit_code, result_of, train, train_words, write_rows
 
 LIMIT = """
@@ -57,6 +57,31 @@ def test_a_full_disk_leaves_the_last_checkpoint(server: JobServer, tmp_path: Pat
     assert server.start([*words, "resume=true"], tmp_path / "log").wait() == 0  # there is space again
     whole = train(model, data, tmp_path / "whole", "task.max_num_steps=12")
     assert result_of(run_dir, 12) == result_of(whole, 12)
+
+
+def test_a_run_whose_first_file_finds_no_room(
+    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before its task begins, and in a command that has no run."""
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        fill(disk)
+        for words, name in (
+            (words_of(model_folder(), tmp_path, f"hydra.run.dir={disk / 'run'}"), "run/"),
+            (["pipeline", "experiment=quickstart", f"root_dir={disk}"], "pipeline.json"),
+        ):
+            assert exit_code(words) == 1
+            message = capsys.readouterr().err
+            assert f"cannot write {disk}" in message and name in message and "bytes are free" in message
+            assert "unexpectedly" not in message
+
+
+def test_a_tokenizer_that_finds_no_room(tmp_path: Path) -> None:
+    """The library of tokenizers raises no OSError: a folder of `final/` or `export` is named all the same."""
+    tokenizer = byte_tokenizer().backend_tokenizer
+    with pytest.raises(CheckpointError, match=str(tmp_path / "final")) as raised:
+        write_folder(tmp_path / "final", lambda new: tokenizer.save("/dev/full"))
+    assert "bytes are needed" not in str(raised.value)  # nobody knows how many
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
