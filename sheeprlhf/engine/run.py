@@ -147,6 +147,30 @@ class Run:
             background=self._background,
         )
 
+    @contextmanager
+    def saved_at(self, *errors: type[SheepError]) -> Iterator[None]:
+        """All ranks, between two steps: save if the block raises one of `errors` on a rank; all ranks raise it.
+
+        A signal to stop that came before replaces it.
+        """
+        own = None
+        try:
+            yield
+        except errors as error:
+            own = error
+        raised = [error for error in gather_objects(self._fabric, own) if error is not None]
+        if not raised:
+            return
+        problem = own or raised[0]
+        if self._state.step:
+            self.save()
+            self.finish_saving()
+            problem.add_note(f"the state of step {self._state.step} is saved: resume=true continues")
+        signum = self.stop_signal()
+        if signum in STOP_SIGNALS:
+            self.stop(signum)
+        raise problem
+
     def finish_saving(self) -> None:
         """All ranks: wait for the checkpoint that is written in the background; raises its error."""
         if self._background is not None:

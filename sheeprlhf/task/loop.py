@@ -16,7 +16,7 @@ loop.finish(policy)  # final/
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from typing import Any
 
@@ -55,7 +55,6 @@ from sheeprlhf.task.finish import (
 from sheeprlhf.task.models import build_collector, load_initial_policy, load_online_setup, load_options, rows_of_shard
 from sheeprlhf.utils.errors import ConfigError, DataError, RewardError, RolloutServerError
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
-from sheeprlhf.utils.processes import STOP_SIGNALS
 
 
 class TrainLoop:
@@ -162,7 +161,8 @@ class TrainLoop:
                 yield from zip(part, batches, strict=True)
                 if end >= numbers.stop:
                     return
-                self._open_shard(self.plan.first_epoch + 1, end)
+                with self.run.saved_at(DataError):
+                    self._open_shard(self.plan.first_epoch + 1, end)
 
     def _open_shard(self, number: int, first_step: int) -> None:
         """Train on shard `number` of the stream from `first_step` on.
@@ -400,7 +400,8 @@ class RolloutLoop:
                 stop = min(end, plan.rollout_after(total))
                 yield from ((number, plan, stop) for number in range(plan.rollout_after(state.step), stop))
                 if state.step < total:
-                    self._open_shard(plan.prompts.first_epoch + 1, shard_step=state.step, shard_rollout=end)
+                    with self.run.saved_at(DataError):
+                        self._open_shard(plan.prompts.first_epoch + 1, shard_step=state.step, shard_rollout=end)
                     plan = self._plan_of_shard()
 
     def _sample(self, number: int, plan: RolloutPlan, stop: int) -> "Iteration":
@@ -410,7 +411,7 @@ class RolloutLoop:
         def prompts_of(rollout: int) -> list[Example]:
             return self.rows.examples(plan.prompts.rows_of_step(rollout).tolist())
 
-        with self._saved_at_errors():
+        with self.run.saved_at(RewardError, RolloutServerError):
             rollout = self.collect(prompts_of(number), number)
             last = min(number + getattr(self.run.cfg.rollout, "max_staleness", 0), stop - 1)
             self.collect.sample_ahead([(later, prompts_of(later)) for later in range(number + 1, last + 1)], number)
@@ -459,24 +460,9 @@ class RolloutLoop:
         with servers.saving(iteration.number + 1) if save and servers is not None else nullcontext():
             run.end_step(save=save, last=last)
 
-    @contextmanager
-    def _saved_at_errors(self) -> Iterator[None]:
-        """Save the state, that after an iteration, if the reward or rollout servers fail, or a signal ends waiting."""
-        try:
-            yield
-        except (RewardError, RolloutServerError) as error:
-            if self.state.step:
-                self.run.save()
-                error.add_note(f"the state of step {self.state.step} is saved: resume=true continues")
-            signum = self.run.stop_signal()
-            if signum in STOP_SIGNALS:
-                self.run.finish_saving()
-                self.run.stop(signum)
-            raise
-
     def _record_validation(self) -> None:
         assert self._validate is not None
-        with self._saved_at_errors(), self._eval_weights():
+        with self.run.saved_at(RewardError, RolloutServerError), self._eval_weights():
             result = self._validate(self.state.step)
         record_validation(self.run, self.state, result, "objective", highest=True)
 

@@ -86,6 +86,31 @@ def test_a_resumed_stream_is_the_uninterrupted_one(
         assert "shard 2 " in rejected(line, capsys)
 
 
+@pytest.mark.parametrize(("name", "step"), [("sft", 2), pytest.param("grpo", 4, marks=pytest.mark.nightly)])
+def test_a_run_saves_its_state_before_it_ends_at_a_shard_that_cannot_be_read(
+    name: str,
+    step: int,
+    tmp_path: Path,
+    model_folder: ModelFolder,
+    capsys: pytest.CaptureFixture[str],
+    in_this_process: None,
+) -> None:
+    """There is no other checkpoint than that of the failure; the state goes on to the end of the whole run."""
+    case = CASES[name]
+    words = [*words_of(tmp_path, case, ROWS), "data.streaming=true", "task.save_interval=99"]
+    held_out = WRITERS[case.task](tmp_path / "val.jsonl", 6, seed=9)
+    whole = train(model_folder(), held_out, tmp_path / "whole", *words, task=case.task)
+    shutil.rmtree(tmp_path / "cache")
+    second = tmp_path / "rows" / "1.jsonl"
+    content = second.read_text()
+    second.write_text(content.replace("{", "[", 1))
+    rejected(train_words(model_folder(), held_out, tmp_path / "run", *words, task=case.task), capsys)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{step}"]
+    second.write_text(content)
+    run = train(model_folder(), held_out, tmp_path / "run", *words, "resume=true", task=case.task)
+    assert digests(run / "final") == digests(whole / "final")
+
+
 @pytest.mark.parametrize(
     "name",
     [
