@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -365,19 +366,26 @@ def _run_stages(
         write_state(place.dir, place.state)
         screen.print(Text.assemble((f"{head} ", "head"), (command(redact_command([*words, *extra])), "name")))
         began = time.monotonic()
-        code = started.run([*words, *extra])
+        note_seconds = partial(_note_seconds, place, record, record["seconds"], began)
+        code = started.run([*words, *extra], while_it_runs=note_seconds)
         seconds = time.monotonic() - began
         if started.stopped_by is not None:
             code = 128 + started.stopped_by
         status = "stopped" if started.stopped_by is not None else "failed" if code else "finished"
-        record |= {"status": status, "exit_code": code, "seconds": record["seconds"] + seconds}
-        write_state(place.dir, place.state)
+        record |= {"status": status, "exit_code": code}
+        note_seconds()
         style = "good" if status == "finished" else "odd" if status == "stopped" else "bad"
         exit_text = f" with exit code {code}" if status == "failed" else ""
         screen.print(Text.assemble((f"{head} ", "head"), (f"{status}{exit_text} after {seconds:.0f} s", style)))
         if code:
             return code
     return 0
+
+
+def _note_seconds(place: PipelineFolder, record: dict[str, Any], before: float, began: float) -> None:
+    """Keep how long a stage has taken so far: a pipeline that is killed cannot do so afterwards."""
+    record["seconds"] = before + time.monotonic() - began
+    write_state(place.dir, place.state)
 
 
 def _reject_missing_stages(wanted: list[Stage], absent: set[str]) -> None:

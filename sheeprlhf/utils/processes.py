@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
@@ -352,6 +352,7 @@ def lasting(stream: TextIO, *, needs_reader: bool = False) -> TextIO:
 
 
 _FORWARDED_SIGNALS = (*STOP_SIGNALS, SAVE_SIGNAL)
+_SECONDS_BETWEEN_CALLS = 5.0  # of what is called while a command runs
 
 
 class Children:
@@ -363,8 +364,13 @@ class Children:
         self._process: subprocess.Popen[bytes] | None = None
         self._unsent: list[int] = []  # signals that came while no command ran
 
-    def run(self, words: list[str], output: Path | None = None) -> int:
-        """Run a command to its end, in a session of its own; return its exit code, 128 + n after signal n."""
+    def run(
+        self, words: list[str], output: Path | None = None, while_it_runs: Callable[[], None] = lambda: None
+    ) -> int:
+        """Run a command to its end, in a session of its own; return its exit code, 128 + n after signal n.
+
+        Every few seconds `while_it_runs` is called, whose errors of the disk do not end the command.
+        """
         package = Path(sheeprlhf.__file__).resolve().parent.parent
         path = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
         sys.stdout.flush()
@@ -384,7 +390,13 @@ class Children:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED_SIGNALS)
         while self._unsent:  # another thread took the signal while the command started
             self._process.send_signal(self._unsent.pop(0))
-        code = self._process.wait()
+        code = None
+        while code is None:
+            try:
+                code = self._process.wait(_SECONDS_BETWEEN_CALLS)
+            except subprocess.TimeoutExpired:
+                with suppress(OSError):
+                    while_it_runs()
         self._process = None
         return 128 - code if code < 0 else code
 

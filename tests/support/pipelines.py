@@ -40,7 +40,7 @@ class Pretended:
         self.commands: list[list[str]] = []
         self.reports: list[list[str]] = []
         self.codes: dict[str, int] = {}
-        monkeypatch.setattr("sheeprlhf.utils.processes.Children.run", lambda children, words: self(words))
+        monkeypatch.setattr("sheeprlhf.utils.processes.Children.run", lambda children, words, **_: self(words))
 
     def __call__(self, words: list[str]) -> int:
         if words[0] == "report":

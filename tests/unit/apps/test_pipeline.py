@@ -1,7 +1,9 @@
 """`pipeline`: what is checked, run, skipped, resumed and told; the stages themselves only pretend to run."""
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -92,13 +94,30 @@ def test_a_failing_stage_ends_it_and_the_command_goes_on_there(small, pretended,
 
 
 def test_a_stopped_stage_tells_the_command_and_its_signal(small, unchecked, monkeypatch, capsys):
-    def stopped(children, words):
+    def stopped(children, words, **_):
         children.forward_signal(15)
         return 0  # it had just finished
 
     monkeypatch.setattr("sheeprlhf.utils.processes.Children.run", stopped)
     assert pipeline(*small) == 143
     assert "sheeprlhf.py" in capsys.readouterr().out
+
+
+def test_a_killed_pipeline_keeps_the_seconds_of_its_stage(small, unchecked, monkeypatch, tmp_path):
+    """Kill -9 leaves no time to write them: they are written while the stage runs, and added to those after it."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, time=time.time, strftime=time.strftime)
+    monkeypatch.setattr("sheeprlhf.apps.pipeline.time", clock)
+
+    def killed(children, words, while_it_runs):
+        clock.now += 50.0
+        while_it_runs()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sheeprlhf.utils.processes.Children.run", killed)
+    assert pipeline(*small) == 130
+    assert pipeline(*small, "resume=true") == 130
+    [folder] = folders(tmp_path / "logs" / "pipelines")
+    assert json.loads((folder / "pipeline.json").read_text())["stages"]["sft"]["seconds"] == 100.0
 
 
 def test_another_recipe_is_refused_with_the_difference(small, pretended, unchecked, capsys, tmp_path):
@@ -135,7 +154,7 @@ def test_stages_can_be_left_out_and_made_later(small, pretended, unchecked, caps
 def test_two_pipelines_do_not_share_a_folder(small, unchecked, monkeypatch, capsys, tmp_path):
     inner = []
 
-    def nested(children, words):
+    def nested(children, words, **_):
         inner.append(pipeline(*small, f"resume_from={folders(tmp_path / 'logs' / 'pipelines')[0]}"))
         return 1
 

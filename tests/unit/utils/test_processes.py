@@ -266,6 +266,21 @@ def test_a_signal_to_stop_is_for_the_command_and_its_save_is_awaited(
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
 
 
+def test_a_call_while_a_command_runs_does_not_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\nwhile [ ! -e {tmp_path}/called ]; do sleep 0.01; done; exit 7\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(child.sys, "executable", str(program))
+    monkeypatch.setattr(child, "_SECONDS_BETWEEN_CALLS", 0.01)
+
+    def call() -> None:
+        (tmp_path / "called").touch()
+        raise OSError("a full disk")
+
+    with child.children() as started:
+        assert started.run([], while_it_runs=call) == 7
+
+
 def test_a_signal_that_another_thread_takes_while_the_command_starts_is_passed_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
