@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-from sheeprlhf.config.command_words import hydra_value
+from sheeprlhf.config.command_words import hydra_value, option_word
 from sheeprlhf.config.option_checks import did_you_mean
 from sheeprlhf.config.registry import current_word
 from sheeprlhf.structure.run import PipelineConfig, TrainConfig
@@ -61,8 +61,7 @@ def collected(words: list[str]) -> list[str]:
     if not of_stages:
         return words
     ours = [word for word in words if word not in of_stages]
-    texts = ",".join("'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in of_stages)
-    return [*ours, f"words=[{texts}]"]
+    return [*ours, option_word("words", of_stages)]
 
 
 def _first(word: str) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sheeprlhf.config.command_words import parse_word
 from sheeprlhf.config.pipeline import Stage, collected, stages_of
 from sheeprlhf.structure.run import PipelineConfig
 from sheeprlhf.utils.errors import ConfigError
@@ -28,11 +29,12 @@ def problems(**given):
 
 
 def test_words_that_are_no_option_of_the_pipeline_are_collected():
-    words = ["experiment=mine", "model=opt", "seed=1", "ppo.optim.betas=[0.9,0.95]", "hydra.verbose=true", "+a.b='x y'"]
-    assert collected(words) == [
-        *("experiment=mine", "seed=1", "hydra.verbose=true"),
-        r"words=['model=opt','ppo.optim.betas=[0.9,0.95]','+a.b=\'x y\'']",
-    ]
+    own, others = ["experiment=mine", "seed=1", "hydra.verbose=true"], ["model=opt", "ppo.optim.betas=[0.9,0.95]"]
+    others += ["+a.b='x y'", r"reward.pattern='^It\'s\b\\'", "a=1,2", "a=\\"]  # what a pattern escapes stays as it is
+    *first, last = collected([*others, *own])
+    override = parse_word(last)
+    assert first == own and override is not None
+    assert (override.key_or_group, override.value()) == ("words", others)
     for left in (["seed=1"], ["model"], ["=3"], ["words=[a=1]"], []):
         assert collected(left) == left
 
