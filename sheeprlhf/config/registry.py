@@ -203,12 +203,13 @@ def apply_dry_run(config: TrainConfig | EvalConfig) -> TrainConfig | EvalConfig:
     if data is not None:
         data = replace(data, num_samples=min(data.num_samples or DRY_RUN_ROWS, DRY_RUN_ROWS))
     generation = replace(config.generation, max_new_tokens=min(config.generation.max_new_tokens, 8))
+    reward = replace(config.reward, overlong_buffer=min(config.reward.overlong_buffer, generation.max_new_tokens))
     if isinstance(config, EvalConfig):
         rows = DRY_RUN_STEPS * config.task.mini_batch_size
         few: dict[str, Any] = {"num_samples": min(config.task.num_samples or rows, rows)}
         if isinstance(config.task, FrontierConfig):
             few["best_of"] = min(config.task.best_of, 4)
-        return replace(config, data=data, generation=generation, task=replace(config.task, **few))
+        return replace(config, data=data, generation=generation, reward=reward, task=replace(config.task, **few))
     task = config.task
     little = {
         "max_num_steps": DRY_RUN_STEPS,
@@ -226,8 +227,6 @@ def apply_dry_run(config: TrainConfig | EvalConfig) -> TrainConfig | EvalConfig:
         little |= {"rollout_size": size, "mini_batch_size": of_step, "num_iterations": 1}
     unread = {*task.unread, "epochs"} if getattr(data, "streaming", False) else task.unread
     task = replace(task, **{name: value for name, value in little.items() if name not in unread})
-    cache = min(config.reward.overlong_buffer, generation.max_new_tokens)
-    reward = replace(config.reward, overlong_buffer=cache)
     return replace(config, data=data or config.data, generation=generation, task=task, reward=reward)
 
 

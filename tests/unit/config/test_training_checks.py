@@ -182,6 +182,8 @@ def test_a_dry_run_is_two_steps(tmp_path: Path) -> None:
         assert validate(config) == []
         assert config.task.rollout_size % config.task.num_generations == 0
         assert config.task.max_num_steps == 2
+    words = ["task=reward", "model=tiny", "data=docstrings", "reward.overlong_buffer=40", "dry_run=true"]
+    assert validate(to_typed(composed("eval", *words, f"output_dir='{tmp_path}'"))) == []
 
 
 def test_each_rule_names_options_that_exist() -> None:
