@@ -55,7 +55,8 @@ FLAGS = (
     Flag("version", "Hydra's version.", kind=bool),
 )
 PLOT = Flag("plot", "Draw the result as a PNG too: another way to write plot=true.", kind=bool)  # of eval only
-_SPECIAL = re.compile(r"=.*[^\w./:-]", re.ASCII)  # in a word, what Hydra may not read without quotes
+# words that Hydra may not read without quotes, or whose value it may read as a number and write otherwise
+_SPECIAL = re.compile(r"=.*[^\w./:-]|=-?(?:\d+[_.e]|\.\d|nan|inf)", re.ASCII | re.IGNORECASE)
 _REJECTED_FLAGS = {
     **dict.fromkeys(("--config-path", "-cp"), "give --config-dir=<folder>, which adds yours to those of sheeprlhf"),
     "--experimental-rerun": "it would unpickle a file; repeat the command, or give resume_from=<run>",

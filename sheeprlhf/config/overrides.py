@@ -72,19 +72,32 @@ def _is_list_of_texts(key: str) -> bool:
     return any(entry.option.type == list[str] for entry in entries_of(key))
 
 
+def _is_text(key: str) -> bool:
+    return any(unwrap_optional(entry.option.type)[0] is str for entry in entries_of(key))
+
+
 def quote_texts(word: str) -> str:
-    """A word whose text or list items are quoted where Hydra would refuse them, or, in a list of texts, read numbers.
+    """A word whose text or list items are quoted where Hydra would refuse them, or read numbers instead of texts.
 
     A text with a comma may be a sweep, one that begins with a quote or a bracket has a mistake: both stay as they are.
     """
     key, _, value = word.partition("=")
     if value.startswith("[") and value.endswith("]"):
         result = _with_quoted_items(key, value)
-    elif value and value[0] not in "[{'\"" and "," not in value and parse_word(word) is None:
+    elif value and value[0] not in "[{'\"" and "," not in value and _needs_quotes(word, key, value):
         result = option_word(key, value)
     else:
         return word
     return word if parse_word(result) is None else result
+
+
+def _needs_quotes(word: str, key: str, value: str) -> bool:
+    """True if Hydra cannot read a text, or would write it otherwise: the number 1e3 as 1000.0, 2024_01 as 202401."""
+    override = parse_word(word)
+    if override is None:
+        return True
+    number = override.value()
+    return type(number) in (int, float) and str(number) != value and _is_text(key)
 
 
 def _with_quoted_items(key: str, value: str) -> str:
@@ -170,15 +183,16 @@ def _choice_problem(verb: str, override: Override, available: dict[str, list[str
         return f"+{key}={value}: {key} is there already; write {key}={value}"
     if override.is_sweep_override():
         return _sweep_problem(override, is_text=False)
-    if isinstance(value, str) and value in names:
+    name = value if isinstance(value, str) else ""
+    if name in names:
         return None
     if key == "experiment":
-        owner = recipe_owner(value) if isinstance(value, str) else None
+        owner = recipe_owner(name)
     else:
-        owner = next((other for other in ROOTS if key in groups(other) and value in choices(key, other)), None)
+        owner = next((other for other in ROOTS if key in groups(other) and name in choices(key, other)), None)
     if owner is not None:
         return f"{key}={value} belongs to `{owner}`: write {owner} {key}={value}; here {listed}"
-    did = did_you_mean(value if isinstance(value, str) else "", names, listed, key=f"{key}=")
+    did = did_you_mean(name, names, listed, key=f"{key}=")
     return f"{_short(override.input_line)} is not a choice: {did}"
 
 

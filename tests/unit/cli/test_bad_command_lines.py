@@ -49,6 +49,8 @@ BAD = [
     ("train task=sf", ["task=sf", "task=sft"]),
     ("train task=perplexity", ["task=perplexity"]),
     ("train task=sft model=null", ["model=null", "tiny"]),
+    ("train task=[sft]", ["task=[sft]", "grpo"]),
+    ("train task=sft model={tiny:1}", ["model={tiny:1}", "gpt2"]),
     ("train task=sft model=opt,gpt2", ["model=opt", "need -m"]),
     ("train -m task=sft,rm task.max_num_steps=1", ["task=sft", "task.max_num_steps"]),
     ("train task=sft +model=opt", ["+model=opt", "model=opt"]),

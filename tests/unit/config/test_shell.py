@@ -184,6 +184,15 @@ def test_other_words_stay_as_they_are() -> None:
     assert read(*parse_args(["optim.betas=[0.9,<a>]"]).words) == [0.9, "<a>"]
 
 
+def test_a_text_that_looks_like_a_number_stays_as_it_is() -> None:
+    for text in ("2024_01_05", "1e3", "1.10", ".5", "+7", "NaN", "12e4567"):
+        words = parse_args([f"run_name={text}", f"model.library_cfg.revision={text}"]).words
+        assert list(map(read, words)) == [text, text]
+    numbers = ["optim.lr=1e-4", "task.token_budget=4_096"]
+    assert parse_args(numbers).words == numbers
+    assert [read(word) for word in parse_args(["seed=7", "run_name=7"]).words] == [7, 7]  # whose text is the same
+
+
 @pytest.mark.parametrize("typed", ["my runs ü", "it's (1)", "a=b.jsonl", "/数据/x#1 & y!.jsonl", "<a>", 'say "hi"'])
 def test_a_text_with_special_characters_needs_no_quotes(typed: str) -> None:
     [word] = parse_args([f"root_dir={typed}"]).words
