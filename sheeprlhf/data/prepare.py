@@ -56,7 +56,7 @@ from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, BoundToThis, sp
 from sheeprlhf.utils.rendering import fixed_arguments
 
 FEWEST_FREQUENT = 4  # rows; with fewer, a prompt that has most of them says nothing
-FORMAT_VERSION = 17  # raise it whenever the code makes other rows, or another report, of the same input
+FORMAT_VERSION = 18  # raise it whenever the code makes other rows, or another report, of the same input
 _ROWS_TO_JUDGE = 1_000  # before preparing ends early since the chat template refuses most of them
 NOTHING_KEPT = KeptColumns()
 _PREFERENCES = ("train", "reward")

@@ -579,7 +579,12 @@ class RowTokenizer:
             num_prompt = 1 if start else row.sizes[0]
             is_last = start + most >= len(row.tokens)
             sizes, num_eos = (num_prompt, len(tokens) - num_prompt), row.num_eos if is_last else 0
-            part = row._replace(tokens=tokens, sizes=sizes, num_eos=num_eos)
+            first, last = (place - row.sizes[0] for place in (start + num_prompt, start + len(tokens)))
+            trained = None if row.trained is None else row.trained[first:last]
+            if trained is not None and not trained.any():
+                parts.append(TokenRow(row.number, row.shares, "reasoning_alone", is_text=True, is_further=start > 0))
+                continue
+            part = row._replace(tokens=tokens, sizes=sizes, num_eos=num_eos, trained=trained)
             if start:
                 digest = int.from_bytes(_digest(f"{row.digest} {start}")[:8], "big")
                 part = part._replace(digest=digest, is_further=True, remarks=())

@@ -272,6 +272,23 @@ def test_reasoning_that_cannot_be_found_or_leaves_nothing(tmp_path: Path) -> Non
     assert part.report["splits"]["train"]["dropped"] == {"reasoning_alone": 1}
 
 
+def test_parts_of_a_long_text_have_their_parts_of_the_mask(tmp_path: Path) -> None:
+    """A part that is reasoning alone is left out and counted."""
+    text = "abcdefghij<think>klmnopqrstuvwxyz</think>ABCDEFGHIJ"
+    tokenizer = byte_tokenizer()
+    cfg = local(tmp_path, [{"text": text}], reasoning="mask", max_length=10, max_prompt_length=5)
+    prepared = prepare(cfg, tokenizer)
+    rows = prepared.splits["train"].examples(range(len(prepared.splits["train"])))
+    texts = [tokenizer.decode(row.responses[0]) for row in rows]
+    assert texts == ["abcdefghi", "j<think>k", "hink>ABCD", "EFGHIJ<|im_end|>"]
+    learned = [tokenizer.decode(row.responses[0][row.masks()[0]]) for row in rows]
+    assert learned == ["abcdefghi", "j", "ABCD", "EFGHIJ<|im_end|>"]
+    assert collate_packed(rows).response_lengths == (9, 1, 4, 7)
+    part = prepared.report["splits"]["train"]
+    assert (part["read"], part["kept"], part["dropped"]) == (1, 4, {"reasoning_alone": 2})
+    assert part["trained_tokens"] == 21
+
+
 def test_a_mask_of_all_tokens_learns_the_text_between_the_answers() -> None:
     ids = np.arange(3, 9, dtype=np.int32)
     example = Example(0, ids[:2], (ids[2:],), trained=np.array([True, False, False, True]))
