@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from sheeprlhf.config.command_words import option_word, shell_word
-from sheeprlhf.config.registry import NOT_IN_HASH
+from sheeprlhf.config.registry import NOT_IN_HASH, replace_options
+from sheeprlhf.config.validate import contradictions
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.utils.memory import missing_modules
@@ -15,12 +16,14 @@ Change = dict[str, Any]
 
 def memory_reductions(config: TrainConfig | EvalConfig, phase: str = "forward pass") -> list[Change]:
     """Changes that reduce the memory of `phase` (see `utils.memory`); the mildest first, empty if none is left."""
-    if isinstance(config, EvalConfig):
-        return list(_smaller_generation(config) if phase == "generation" else _smaller_evaluation(config))
     if phase == "generation":
-        return list(_smaller_generation(config))
-    changes = [] if phase in ("loading the model", "optimizer step") else list(_smaller_forward(config))
-    return changes + list(_smaller_model(config, phase))
+        changes = list(_smaller_generation(config))
+    elif isinstance(config, EvalConfig):
+        changes = list(_smaller_evaluation(config))
+    else:
+        of_rows = [] if phase in ("loading the model", "optimizer step") else list(_smaller_forward(config))
+        changes = of_rows + list(_smaller_model(config, phase))
+    return [change for change in changes if not any(contradictions(replace_options(config, change)))]
 
 
 def words(change: Change) -> str:
@@ -67,11 +70,14 @@ def _smaller_forward(config: TrainConfig) -> Iterator[Change]:
 
 
 def _fewer_rows(task: TrainTaskConfig, rows: int, row: int) -> Change:
-    """The option that limits the rows of a forward pass, so that they become about half."""
+    """Limit the rows of a forward pass, of `row` tokens each, by the option that limits them more now."""
     group = getattr(task, "num_generations", 1)
     if task.micro_batch_size // group * row <= task.token_budget:
         return {"task.micro_batch_size": rows * group}
-    return {"task.token_budget": max(row, task.token_budget // 2)}
+    halved = task.token_budget // 2
+    return {
+        "task.token_budget": halved if halved // row <= rows else rows * row
+    }  # task.mini_batch_size limits them, too
 
 
 def _smaller_model(config: TrainConfig, phase: str) -> Iterator[Change]:
@@ -95,7 +101,9 @@ def _smaller_generation(config: TrainConfig | EvalConfig) -> Iterator[Change]:
     if generation.num_beams > 1:
         yield {"generation.num_beams": generation.num_beams // 2}
     if generation.max_new_tokens > 1:
-        yield {"generation.max_new_tokens": generation.max_new_tokens // 2}
+        most = generation.max_new_tokens // 2
+        penalised = {"reward.overlong_buffer": most} if config.reward.overlong_buffer > most else {}
+        yield {"generation.max_new_tokens": most} | penalised
     if isinstance(config, EvalConfig):
         yield from _smaller_evaluation(config)
     elif (shown := getattr(config.task, "num_sample_prompts", 0)) > 0:

@@ -76,14 +76,13 @@ def _problems(config: RootConfig) -> Iterator[str]:
         if getattr(config, group, None) is not None:
             yield from problems(getattr(config, group))
     yield from unread_problems(found, _READ_WITH)
-    yield from conflicts(found, _CONFLICTS)
+    yield from contradictions(config)
     if isinstance(config, TrainConfig | EvalConfig):
         yield from _fabric_problems(config.fabric, here=not is_plan(config))
     if isinstance(config, DoctorConfig) and config.cluster != ClusterConfig() and not is_plan(config):
         yield unread("cluster.*", "in a plan for this machine", "cluster.memory=<GB of a device>")
     yield from _repo_problems(config)
     if isinstance(config, TrainConfig):
-        yield from conflicts(found, _TRAIN_CONFLICTS)
         yield from _train_problems(config)
     elif isinstance(config, EvalConfig):
         from sheeprlhf.config.reward_checks import eval_problems
@@ -96,6 +95,11 @@ def _problems(config: RootConfig) -> Iterator[str]:
         yield from _cache_problems("cache_dir", config.cache_dir)
     if isinstance(config, TrainConfig | EvalConfig | InspectConfig) and config.data is not None:
         yield from _cache_problems("data.cache_dir", config.data.cache_dir)
+
+
+def contradictions(config: RootConfig) -> Iterator[str]:
+    """Problems of options that exclude each other."""
+    yield from conflicts(options(config), (*_CONFLICTS, *(_TRAIN_CONFLICTS if isinstance(config, TrainConfig) else ())))
 
 
 def _cache_problems(key: str, cache_dir: str | None) -> Iterator[str]:

@@ -10,9 +10,9 @@ from sheeprlhf.config.validate import validate
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.model import ModelConfig, TinyConfig
 from sheeprlhf.structure.reward import AutoRewardConfig
-from sheeprlhf.structure.rollout import LocalRolloutConfig
+from sheeprlhf.structure.rollout import GRPOConfig, LocalRolloutConfig, PPOConfig
 from sheeprlhf.structure.run import AdamWConfig, FabricConfig, GenConfig, TrainConfig
-from sheeprlhf.structure.task import SFTConfig
+from sheeprlhf.structure.task import ILQLConfig, SFTConfig
 
 
 def config(model: ModelConfig | None = None, **task: int) -> TrainConfig:
@@ -33,6 +33,7 @@ def config(model: ModelConfig | None = None, **task: int) -> TrainConfig:
         ({"token_budget": 2048}, {"task.token_budget": 1024}),
         ({"token_budget": 201}, {"task.token_budget": 100}),  # one row is the least
         ({"micro_batch_size": 3}, {"task.micro_batch_size": 1}),  # the budget would take 20 rows
+        ({"mini_batch_size": 4}, {"task.token_budget": 200}),  # half of the budget would take all 4 rows
     ],
 )
 def test_the_option_that_limits_a_forward_pass_is_halved(task: dict[str, int], expected: dict[str, int]) -> None:
@@ -66,6 +67,18 @@ def test_each_phase_has_its_own_options() -> None:
     assert {"model.lora_cfg.rank": 8} in memory_reductions(adapters, "optimizer step")
     beams = replace(config(), generation=GenConfig(num_beams=4, max_new_tokens=9))
     assert memory_reductions(beams, "generation")[:2] == [{"generation.num_beams": 2}, {"generation.max_new_tokens": 4}]
+
+
+def test_no_advice_contradicts_another_option() -> None:
+    frozen = config(TinyConfig(frozen_layers=2))
+    ilql = replace(config(), task=ILQLConfig())
+    average = replace(config(TinyConfig(finetune_mode="LORA")), task=PPOConfig(ema_decay=0.9))
+    for given, rejected in ((frozen, "finetune_mode"), (ilql, "finetune_mode"), (average, "model.dtype")):
+        for phase in ("loading the model", "forward pass", "optimizer step"):
+            assert not any(rejected in words(change) for change in memory_reductions(given, phase)), rejected
+    online = replace(config(), task=GRPOConfig(), reward=AutoRewardConfig(overlong_buffer=20))
+    online = replace(online, generation=GenConfig(max_new_tokens=30))
+    assert {"generation.max_new_tokens": 15, "reward.overlong_buffer": 15} in memory_reductions(online, "generation")
 
 
 def test_a_run_goes_on_or_starts_anew() -> None:
