@@ -1,12 +1,12 @@
 """Parts of custom training loops: models, tokenizers, data, batches and samples. See `examples/`.
 
-A model is named like the choices of `model=` ("tiny", "opt"), by a hub id or a folder, or by a run directory.
+A model is named like the choices of `model=` ("tiny", "opt"), by a hub id or a folder, or by a run directory ("newest":
+that of the newest finished run).
 """
 
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -18,10 +18,10 @@ from transformers.utils import logging as transformers_logging
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.api.jobs import as_words, compose
-from sheeprlhf.config.model_lookup import POLICY, REWARD_MODEL, Trained
+from sheeprlhf.config.model_lookup import POLICY, REWARD_MODEL, Trained, find_trained
 from sheeprlhf.config.option_checks import did_you_mean
 from sheeprlhf.config.registry import choices
-from sheeprlhf.config.run_lookup import saved_group
+from sheeprlhf.config.run_lookup import is_newest
 from sheeprlhf.data import prepare
 from sheeprlhf.data.example import Batch, Example, collate_packed, collate_padded
 from sheeprlhf.data.prepare import PreparedData
@@ -29,11 +29,11 @@ from sheeprlhf.data.tokenize import SpecialIds, encode
 from sheeprlhf.model.folder import load, weights
 from sheeprlhf.rollout.sampler import sample_responses
 from sheeprlhf.security.redaction import plain_text, redact_text
-from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import InspectConfig
 from sheeprlhf.task.models import load_trained
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.lightning import move_data_to_device
 from sheeprlhf.utils.vocabulary import ResponseDecoder
 
@@ -57,7 +57,7 @@ class Samples(NamedTuple):
 
 def load_tokenizer(model: str = "tiny", **options: Any) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer; `options` are of the group `model`. Raises SheepError if it cannot be loaded."""
-    return load.load_tokenizer(_trained(POLICY, model, options).with_tokenizer())
+    return load.load_tokenizer(_trained(None, model, options).with_tokenizer())
 
 
 def load_policy(model: str = "tiny", *, max_length: int | None = None, **options: Any) -> Policy:
@@ -201,19 +201,17 @@ def _load(
         return load_trained(trained, _say, longest=longest, batching="auto")
 
 
-def _trained(kind: str, model: str, options: dict[str, Any]) -> Trained:
-    """The configuration of a model, and the run that trained it."""
-    if (Path(model) / "run.json").is_file():
+def _trained(kind: str | None, model: str, options: dict[str, Any]) -> Trained:
+    """The configuration of a model, and the run that trained it; None takes a model of any kind."""
+    if is_newest(model) or (expand_home(model) / "config.yaml").is_file():
         if options:
             raise ConfigError(f"{', '.join(options)}: the run {model} has its own options; leave them out")
-        saved = saved_group(model, "model")
-        assert isinstance(saved, ModelConfig)
-        return Trained(model, kind, saved, run_dir=Path(model))
+        return find_trained(model, wanted=kind)
     named = {"model": model} if model in choices("model") else {"model": "auto", "model.repo_name": model}
     words = as_words(named | {f"model.{name}": value for name, value in options.items()})
     config = compose("inspect", ["task=sft", *words]).config
     assert isinstance(config, InspectConfig)
-    return Trained(model, kind, config.model)
+    return Trained(model, kind or POLICY, config.model)
 
 
 def _as_example(number: int, prompt: Example | str, tokenizer: PreTrainedTokenizerBase) -> Example:

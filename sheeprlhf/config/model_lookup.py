@@ -169,14 +169,15 @@ def _of_folder(word: str, folder: Path, wanted: str | None) -> Trained:
 
 
 def _of_run(word: str, run_dir: Path, weights: str, wanted: str | None, starts: int) -> Trained:
-    task = task_of_run(read_run_config(word, key="run"))
+    place = str(run_dir)  # `word` with its home directory
+    task = task_of_run(read_run_config(place, key="run"))
     if task is None or task.trains not in ((POLICY, REWARD_MODEL) if wanted is None else (wanted,)):
         raise ConfigError(f"{word} is {kind_of_run(task)}: {_INSTEAD[wanted or POLICY]}")
-    problems = list(weights_problems(word, weights, key="run", name_key=WEIGHTS))
+    problems = list(weights_problems(place, weights, key="run", name_key=WEIGHTS))
     found = {}
     for group in ("model", "data", "task"):
         try:
-            found[group] = saved_group(word, group, key="run")
+            found[group] = saved_group(place, group, key="run")
         except ConfigError as error:
             problems += error.problems
     if problems:

@@ -58,7 +58,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_jobs_follow_each_other_in_one_process(
-    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (dict(os.environ), list(sys.argv), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)])
     options = words(tmp_path, model_folder())
@@ -85,6 +85,21 @@ def test_jobs_follow_each_other_in_one_process(
     assert policy(batch).target_N.shape == batch.target_ids_N.shape
     with pytest.raises(ConfigError, match="finetune_mode"):
         load_policy(str(second.directory), finetune_mode="LORA")
+    monkeypatch.setenv("HOME", str(second.directory.parent))
+    assert_close(load_policy(f"~/{second.directory.name}").state_dict(), policy.state_dict(), rtol=0, atol=0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "runs").rename(tmp_path / "logs" / "runs")
+    assert_close(load_policy("newest").state_dict(), policy.state_dict(), rtol=0, atol=0)
+
+
+def test_a_run_of_another_kind_is_not_loaded(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """The layers of a reward model would make a policy, without a word."""
+    options = train_words(model_folder(), write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "run", task="rm")[1:]
+    run = str(train([*options, "task.max_num_steps=1"]).directory)
+    assert load_reward_model(run) and load_tokenizer(run)
+    with pytest.raises(ConfigError, match="reward model"):
+        load_policy(run)
 
 
 def test_a_newer_run_of_the_same_configuration_is_not_returned(
