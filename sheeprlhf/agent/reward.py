@@ -154,6 +154,7 @@ def load_reward_model(
     rows = num_rows_needed(tokenizer)
     model = load_causal_lm(cfg, vocabulary=rows, longest=longest, auto=auto, in_files=in_files, say=say)
     _checked_offset(getattr(model.config, OFFSET, 0.0), cfg.repo_name)
+    getattr(model, HEAD).float()  # as a new one
     reward = RewardModel(model)
     bias = read_score_bias(cfg)
     if bias:  # transformers' class has none
@@ -178,6 +179,8 @@ def reward_model_of(
     Raises ModelError if the model cannot have a score head, or the folder's adapters do not fit.
     """
     model = scalar_model(policy.causal_lm(), tokenizer)
+    for name in {OFFSET, SEPARATOR} & vars(model.config).keys():  # of another head, if that was a reward model
+        delattr(model.config, name)
     reward = RewardModel(model)
     reward.packed = policy.packed
     if adapter is not None:

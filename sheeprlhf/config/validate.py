@@ -581,6 +581,8 @@ _CONFLICTS = (  # two conditions that exclude each other, the reason where it is
     ("task.group_baseline", "task.num_generations=1", "it compares", "give for example task.num_generations=4"),
     ("task.pin_memory", "fabric.accelerator=cpu", "a CPU copies nothing", "remove task.pin_memory"),
     ("task.ema_decay", "model.dtype!=float32", "rounding loses it", f"give model.dtype=float32 {_MIXED}"),
+    ("task.ema_decay", "fabric.precision=bf16-true|16-true", "rounding loses it", f"give {_MIXED}"),
+    ("task.config_name=ilql", "fabric.precision=bf16-true|16-true", "rounding loses its targets", f"give {_MIXED}"),
     ("optim.nesterov", "optim.momentum=0", "", "give for example optim.momentum=0.9"),
     ("task.max_ratio", "task.loss_type=cispo", "it has task.clip_high", "remove task.max_ratio"),
     ("task.loss_type=exo", "task.label_smoothing=0", "", "give for example task.label_smoothing=0.001"),

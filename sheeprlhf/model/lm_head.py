@@ -199,9 +199,9 @@ def head_logprobs(
 
 
 def head_scores(hidden_RC: Tensor, head: nn.Module) -> Tensor:
-    """(R,) scores of hidden states, in float32 whatever the precision of the run."""
+    """(R,) float32 scores of hidden states, computed in the head's own number format, also under autocast."""
     with torch.autocast(hidden_RC.device.type, enabled=False):
-        return head(hidden_RC.float()).squeeze(-1)
+        return head(hidden_RC.to(next(head.parameters()).dtype)).squeeze(-1).float()
 
 
 @contextmanager

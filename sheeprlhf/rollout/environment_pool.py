@@ -97,8 +97,9 @@ class EnvironmentPool:
                 if queue and number not in running:
                     request = queue.popleft()
                     calls = len(request.value) if request.method == "step" else 1
-                    self._connection(number).send(request)
                     end = time.monotonic() + self._timeout * calls + _SECONDS_MORE
+                    with suppress(OSError):  # its process has ended: there is no reply
+                        self._connection(number).send(request)
                     running[number] = (request.episode, end)
             numbers = {self._connection(number): number for number in running}
             left = min(end for _, end in running.values()) - time.monotonic()

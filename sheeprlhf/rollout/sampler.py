@@ -155,7 +155,7 @@ def _sample_group(
     logits_BV = decoder.prefill(prompts, num_responses, num_new)
     device, num_rows = logits_BV.device, len(logits_BV)
     uniforms_RN = torch.from_numpy(uniforms_PKN.reshape(num_rows, num_new)).to(device)
-    logprobs_RN = torch.zeros(num_rows, num_new, device=device)
+    logprobs_RN = torch.zeros(num_rows, num_new, dtype=torch.float32, device=device)
     ids_RN = np.zeros((num_rows, num_new), dtype=np.int32)
     lengths_R, finished_R = np.zeros(num_rows, dtype=np.int64), np.zeros(num_rows, dtype=bool)
     live_B, limits_R = np.arange(num_rows), limits_P.repeat(num_responses)

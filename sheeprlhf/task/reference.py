@@ -21,6 +21,7 @@ from sheeprlhf.agent.policy import Policy, SharedReference, reference_of
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.store import TokenizedSplit
+from sheeprlhf.engine.checkpoint import unwrapped
 from sheeprlhf.engine.shard import equal_passes, place, sum_of_rows
 from sheeprlhf.engine.step import MicroBatch
 from sheeprlhf.model.folder.file_parameters import weights_digest
@@ -122,6 +123,7 @@ def reference_logprobs(
     stored = fabric.broadcast(_read(path, sums.shape, read) if fabric.is_global_zero else None)
     if stored is not None:
         return stored
+    module = unwrapped(module)  # Fabric's wrapper would round its results to half precision
     whole = module.policy if isinstance(module, SharedReference) else module
     passes = equal_passes(fabric, whole, batches.numbered(rows, read, f"reference, {split}"))
     with isolated_rng(), eval_mode(whole), torch.no_grad(), fabric.autocast():

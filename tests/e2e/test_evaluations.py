@@ -20,7 +20,7 @@ from sheeprlhf.task.eval.load import kl_of_responses
 from sheeprlhf.task.eval.reward import expected_best
 from tests.support.models import ModelFolder
 from tests.support.rewards import letters
-from tests.support.runs import train, write_pairs
+from tests.support.runs import figures, train, write_pairs
 
 LETTERS = ["reward=function", "reward.path=tests.support.rewards:letters", "generation.max_new_tokens=6"]
 NAME = "reward-tests.support.rewards.letters-test"
@@ -128,6 +128,21 @@ def test_the_implicit_reward_is_that_of_a_plain_loop(made: Made) -> None:
     assert_allclose(scaled["margin"], 20 * result["margin"], rtol=1e-4)
     evaluate("preference", made.still)
     assert result_of(made.still, "preference-test-final")["accuracy"] == 0.5  # all ties
+
+
+def test_reasoning_that_is_not_learned_is_left_out_of_the_implicit_reward(made: Made, tmp_path: Path) -> None:
+    """The evaluation says of the rows that a run validates on what its validation has said."""
+    rows = [json.loads(line) for line in made.data.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["chosen"] = f"<think>{'x' * (number % 3 + 1)}</think>{row['chosen']}"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["data.reasoning=mask", f"data.cache_dir={tmp_path / 'cache'}", "task.max_num_steps=2", "optim.lr=0.01"]
+    run_dir = train(made.base, tmp_path / "rows.jsonl", tmp_path / "run", *words, "task.max_eval_batches=2", task="dpo")
+    evaluate("preference", run_dir)
+    result, metrics = result_of(run_dir, "preference-test-final"), figures(run_dir)
+    assert abs(result["margin"]) > 1e-3
+    assert_allclose(result["margin"], metrics["val/rewards/margins"][-1], atol=1e-5)
+    assert_allclose(result["score_chosen"], metrics["val/rewards/chosen"][-1], atol=1e-5)
 
 
 def test_scores_win_rate_and_kl_are_those_of_plain_loops(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

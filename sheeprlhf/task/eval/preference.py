@@ -98,8 +98,8 @@ def _implicit_rewards(job: Evaluation, split: TokenizedSplit) -> tuple[np.ndarra
     fabric, cfg, task, longest = job.fabric, job.cfg, job.cfg.task, longest_row({"": split})
     assert isinstance(task, PreferenceConfig)
     num_rows = min(len(split), task.num_samples or len(split))
-    sizes = split.sizes[:num_rows, 1:]
-    lengths_S = sizes[sizes >= 0]
+    lengths = [int(mask.sum()) for row in split.examples(range(num_rows)) for mask in row.masks()]
+    index_N = np.repeat(np.arange(len(lengths)), lengths)  # the response of each token
 
     def sums_of(policy: Policy, label: str) -> np.ndarray:
         place(fabric, policy)
@@ -109,7 +109,7 @@ def _implicit_rewards(job: Evaluation, split: TokenizedSplit) -> tuple[np.ndarra
             return policy(batch).target_N
 
         logprobs_N = predict_targets(fabric, policy, call, batches, split, label, num_rows).double().numpy()
-        return np.add.reduceat(logprobs_N, np.cumsum([0, *lengths_S[:-1]]))
+        return np.bincount(index_N, logprobs_N, len(lengths))
 
     start, of_run = start_of(cfg), task_options(cfg).get("beta")
     beta = task.beta or (float(of_run) if isinstance(of_run, int | float) and of_run > 0 else _BETA)

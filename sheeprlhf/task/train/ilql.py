@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,12 @@ from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.shard import cut_like, gathered, whole
 from sheeprlhf.engine.step import LossOutput, evaluate
 from sheeprlhf.loss.ilql import expectile_losses, q_losses
-from sheeprlhf.model.lm_head import backbone_and_head, head_logprobs, head_scores
+from sheeprlhf.model.lm_head import at_least_float32, backbone_and_head, head_logprobs, head_scores
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import ILQLConfig
 from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.task.models import with_adapters
+from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -55,8 +56,12 @@ class ILQLModel(nn.Module):
     def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.policy = policy
-        weight = backbone_and_head(policy.causal_lm())[1].weight
-        assert isinstance(weight, Tensor)
+        head: Any = backbone_and_head(policy.causal_lm())[1]
+        if getattr(head, "softcap", None) is not None:
+            raise ModelError(
+                f"{type(policy.causal_lm()).__name__} caps its logits, to which task=ilql adds Q: give another model"
+            )
+        self._logit_scale, weight = getattr(head, "scale", 1.0), cast(Tensor, head.weight)
         vocabulary, width = weight.shape
         self.q_heads = nn.ModuleList(nn.Linear(width, vocabulary, bias=False) for _ in range(ILQLConfig.num_q_heads))
         for weight_VC in self._q_weights():
@@ -73,13 +78,14 @@ class ILQLModel(nn.Module):
         index_N, ids_N = batch.logit_index_N, batch.target_ids_N
         hidden_RC = self.policy.hidden_at_head(batch)
         _, head = backbone_and_head(self.policy.causal_lm())
-        hidden_NC = hidden_RC.float()[index_N]
+        wide_RC = at_least_float32(hidden_RC)
+        hidden_NC = wide_RC[index_N]
         own_HN = [(hidden_NC * weight_VC[ids_N]).sum(dim=-1) for weight_VC in self._q_weights()]
         target_HN = torch.einsum("nc,hnc->hn", hidden_NC.detach(), self.targets_HVC[:, ids_N])
         return TokenValues(
             head_logprobs(hidden_RC, head, index_N, ids_N).target_N,
             torch.stack(own_HN) + self.q_shared_HC @ hidden_NC.T,
-            torch.stack([head_logprobs(hidden_RC, q, index_N, ids_N).target_N for q in self.q_heads]),
+            torch.stack([head_logprobs(wide_RC, q, index_N, ids_N).target_N for q in self.q_heads]),
             target_HN.amin(dim=0),
             head_scores(hidden_RC, self.v_head)[index_N],
         )
@@ -99,7 +105,7 @@ class ILQLModel(nn.Module):
         assert isinstance(head, nn.Linear)
         new = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
         with torch.no_grad():
-            tilt_VC = (coeff * self.targets_HVC.mean(dim=0)).to(head.weight.dtype)
+            tilt_VC = (coeff / self._logit_scale * self.targets_HVC.mean(dim=0)).to(head.weight.dtype)
             new.weight = nn.Parameter(head.weight + cut_like(tilt_VC, head.weight))
         if head.bias is not None:
             new.bias = head.bias

@@ -58,6 +58,8 @@ REFUSED = {
     "task=grpo reward.overlong_buffer=65": "generation.max_new_tokens=64",
     "task=ppo task.share_trunk=true task.critic_warmup_steps=4": "task.share_trunk=false",
     "task=ppo task.ema_decay=0.99 model.dtype=bfloat16": "model.dtype=float32",
+    "task=ppo task.ema_decay=0.99 fabric.precision=bf16-true": "fabric.precision=bf16-mixed",
+    "task=ilql fabric.precision=bf16-true": "fabric.precision=bf16-mixed",
     "task=ppo model.disable_dropout=false": "model.disable_dropout=true",
     "task=ppo reward=function task.rm_experiment_dir=/some/run": "is not read by reward=function",
     "task=rloo reward=model": "train task=rm",

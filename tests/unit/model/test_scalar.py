@@ -14,10 +14,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sheeprlhf.agent.reward import RewardModel, read_score_options
+from sheeprlhf.agent.policy import load_policy
+from sheeprlhf.agent.reward import RewardModel, load_reward_model, read_score_options, reward_model_of
 from sheeprlhf.data.example import collate_packed, collate_padded
 from sheeprlhf.model.attention import PACKED, register
-from sheeprlhf.model.folder.load import scalar_model
+from sheeprlhf.model.folder.load import load_tokenizer, scalar_model
+from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import padding_token
 from sheeprlhf.utils.errors import ModelError
 from tests.support.batches import random_examples
@@ -51,6 +53,36 @@ def test_plain_transformers_gives_the_same_scores(architecture: str, model_folde
     with torch.no_grad():
         theirs = plain(input_ids=ids, attention_mask=mask).logits[:, 0]
     assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_reward_model_of_half_precision_keeps_its_head_in_float32(model_folder: ModelFolder, tmp_path: Path) -> None:
+    """As in its training: the scores are those of the float32 head on hidden states in bfloat16."""
+    cfg = ModelConfig(config_name="auto", repo_name=str(model_folder()), dtype="bfloat16")
+    tokenizer = load_tokenizer(cfg)
+    trained = reward_model_of(load_policy(cfg, tokenizer, longest=64, batching="packed"), cfg, tokenizer)
+    trained.classifier().score.weight.data = trained.classifier().score.weight.data.bfloat16().float()
+    trained.save(tmp_path, tokenizer)
+    cfg.repo_name = str(tmp_path)
+    loaded = load_reward_model(cfg, tokenizer, longest=64, batching="packed")
+    batch = collate_packed(random_examples(4, 2), targets="last")
+    with torch.no_grad():
+        scores, expected = loaded.eval()(batch), trained.eval()(batch)
+        assert scores.dtype == torch.float32
+        assert_close(scores, expected, rtol=0, atol=1e-6)
+        rounded = loaded.bfloat16()(batch)  # as with fabric.precision=bf16-true
+    assert rounded.dtype == torch.float32
+    assert_close(rounded, expected, rtol=0.02, atol=0.02)
+
+
+def test_a_new_head_forgets_the_offset_and_the_steps_of_the_one_before(model_folder: ModelFolder) -> None:
+    """A reward model may train on from the layers of another one."""
+    cfg = ModelConfig(config_name="auto", repo_name=str(model_folder()))
+    tokenizer = load_tokenizer(cfg)
+    policy = load_policy(cfg, tokenizer, longest=64, batching="packed")
+    policy.causal_lm().config.reward_offset = 2.5
+    policy.causal_lm().config.step_separator = "\n"
+    model = reward_model_of(policy, cfg, tokenizer)
+    assert (model.offset, model.step_separator) == (0.0, None)
 
 
 def test_padding_is_a_token_without_another_role() -> None:

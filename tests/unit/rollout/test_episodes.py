@@ -266,6 +266,20 @@ def test_calls_run_in_parallel_and_a_stuck_process_is_replaced() -> None:
     pool.close()
 
 
+def test_a_process_that_was_killed_between_calls_fails_its_episodes_alone() -> None:
+    pool = EnvironmentPool("tests.support.environments:Echo", 2, 5.0)
+    pool.run([Request(number, "reset", {"prompt": "p"}) for number in range(2)])
+    running = pool._processes[0]
+    assert running is not None
+    running[0].kill()
+    running[0].join()
+    replies = pool.run([Request(number, "step", [Call("f", {})]) for number in range(2)])
+    assert replies[0].error is not None and replies[1].results == ("p f",)
+    pool.run([Request(0, "reset", {"prompt": "q"})])
+    assert pool.run([Request(0, "step", [Call("f", {})])])[0].results == ("q f",)
+    pool.close()
+
+
 def test_a_class_that_is_no_environment_is_rejected() -> None:
     for source in ("builtins:list", "tests.support.environments:NeedsMore"):
         with pytest.raises(ConfigError, match=rf"rollout\.environment={source}"):

@@ -23,6 +23,7 @@ from sheeprlhf.structure.reward import FunctionRewardConfig
 from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.task.finish import sample_table
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.lightning import Fabric
 from tests.support.models import ARCHITECTURES, EOS, PAD, VOCAB, ModelFolder, byte_tokenizer
 from tests.unit.rollout.test_collect_steps import make_setting, prompts
 
@@ -214,9 +215,10 @@ def test_adapters_are_part_of_the_model(architecture: str, model_folder: ModelFo
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "falcon"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_half_precision(architecture: str, dtype: str, model_folder: ModelFolder) -> None:
-    """Under autocast, or with weights in bfloat16: log-probabilities are the training forward's but for rounding."""
+    """By bf16-mixed and bf16-true, log-probabilities are the training forward's but for rounding."""
     model = load(model_folder(architecture), dtype=dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "float32"):
+    precision: Any = "bf16-mixed" if dtype == "float32" else "bf16-true"
+    with Fabric(accelerator="cpu", devices=1, precision=precision).autocast():
         sampled = sample(model)
         model.eval()
         for prompt, found in zip(PROMPTS, sampled, strict=True):

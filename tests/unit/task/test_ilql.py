@@ -18,6 +18,7 @@ from sheeprlhf.structure.run import AdamWConfig, FabricConfig, TrainConfig
 from sheeprlhf.structure.task import ILQLConfig
 from sheeprlhf.task.scale_plan import step_plan
 from sheeprlhf.task.train.ilql import ILQLModel, ilql_loss, rewards_of
+from sheeprlhf.utils.errors import ModelError
 from tests.support.models import EOS, ModelFolder
 
 LENGTHS = (3, 1, 2)
@@ -106,6 +107,36 @@ def test_values_and_the_weighted_policy_at_their_optimum(model_folder: ModelFold
             assert policy.causal_lm().config.tie_word_embeddings is False
         assert 1 / (1 + np.exp(-shifted)) == pytest.approx(0.7311, abs=1e-2)
         assert policy.causal_lm().get_output_embeddings() is head and log_odds() == before
+
+
+@pytest.mark.parametrize("architecture", ["llama", "granite"])  # the second one divides its logits by 3
+def test_q_is_added_to_the_logits_that_the_model_computes(architecture: str, model_folder: ModelFolder) -> None:
+    cfg = ModelConfig(config_name="auto", repo_name=str(model_folder(architecture)), dtype="float32")
+    model = ILQLModel(load_policy(cfg, load_tokenizer(cfg), longest=16, batching="packed"))
+    model.targets_HVC.normal_(generator=torch.Generator().manual_seed(0))
+    causal_lm = model.policy.causal_lm().eval()
+    with torch.no_grad():
+        plain = causal_lm(torch.tensor([PROMPT]), output_hidden_states=True)
+        expected = plain.logits + 0.5 * plain.hidden_states[-1] @ model.targets_HVC.mean(0).T
+        with model.weighted_by_q(0.5):
+            assert_close(causal_lm(torch.tensor([PROMPT])).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_caps_its_logits_is_refused(model_folder: ModelFolder) -> None:
+    cfg = ModelConfig(config_name="auto", repo_name=str(model_folder("gemma2")))
+    policy = load_policy(cfg, load_tokenizer(cfg), longest=16, batching="packed")
+    with pytest.raises(ModelError, match="task=ilql"):
+        ILQLModel(policy)
+
+
+def test_weights_of_half_precision_learn_with_heads_in_float32(model_folder: ModelFolder) -> None:
+    cfg = ModelConfig(config_name="auto", repo_name=str(model_folder()), dtype="bfloat16")
+    model = ILQLModel(load_policy(cfg, load_tokenizer(cfg), longest=16, batching="packed"))
+    content = (collate_packed(Rows().examples([0, 1])), torch.tensor([0.0, 1.0]))
+    ilql_loss(model, content, task=ILQLConfig(cql_coeff=0.3)).total.backward()
+    grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    assert {grad.dtype for grad in grads} == {torch.bfloat16, torch.float32}
+    assert all(grad.isfinite().all() for grad in grads)
 
 
 def test_the_parts_of_the_loss_by_hand(model_folder: ModelFolder) -> None:

@@ -83,6 +83,20 @@ def test_reference_of_ragged_rows_is_by_row_and_read_the_second_time(tmp_path: P
         assert path.read_bytes() == whole
 
 
+def test_true_half_precision_does_not_round_log_probabilities(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Fabric's wrapper would: then every log-probability of a token would be a number of bfloat16."""
+    policy = policy_of(model_folder())
+    half = Fabric(accelerator="cpu", devices=1, precision="bf16-true")
+    half.launch()
+    module = half.setup_module(policy)
+    rows = Rows(tmp_path)
+    found = reference_logprobs(half, module, rows, rows, "train", "k", np.arange(5))  # type: ignore[arg-type]
+    batch = collate_packed([rows.rows[0]])
+    with torch.no_grad():
+        alone = sum_by_response(policy(batch).target_N, batch.response_index_N, 2)
+    assert_close(torch.tensor(found[0, :2]), alone, rtol=0, atol=1e-5)
+
+
 def test_rows_that_are_not_read_are_not_computed(tmp_path: Path, model_folder: ModelFolder) -> None:
     policy, rows = policy_of(model_folder()), Rows(tmp_path)
     arguments: Any = (fabric(), policy, rows, rows, "train", "k" * 64)
