@@ -31,6 +31,7 @@ from sheeprlhf.utils.http import (
     request,
     request_until,
 )
+from sheeprlhf.utils.processes import run_coroutine
 
 _SECONDS_OF_CHECK = 4.0
 
@@ -56,7 +57,7 @@ class Judge:
             {"prompt": prompt, "response": response} | {name: values[row] for name, values in columns.items()}
             for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
         ]
-        results = asyncio.run(self._scores([self._cfg.question().format(**one) for one in fields]))
+        results = run_coroutine(self._scores([self._cfg.question().format(**one) for one in fields]))
         failed = [(row, result) for row, result in enumerate(results) if isinstance(result, FailedRequestError)]
         self.failures = len(failed)
         fallback = self._cfg.judge_failure_score
@@ -161,7 +162,7 @@ def check_server(cfg: JudgeOptionsConfig) -> None:
         ConfigError: it does not.
     """
     try:
-        status, content = asyncio.run(_list_models(cfg))
+        status, content = run_coroutine(_list_models(cfg))
     except (TimeoutError, httpx.HTTPError, httpx.InvalidURL) as error:
         reason = f"in {_SECONDS_OF_CHECK:g} s" if isinstance(error, TimeoutError) else describe(error)
         raise ConfigError(f"reward.url={cfg.url}: no server answers ({reason}): start it, or give another") from None

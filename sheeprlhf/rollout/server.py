@@ -65,7 +65,7 @@ from sheeprlhf.utils.output import (
     writing_errors,
     written_folder,
 )
-from sheeprlhf.utils.processes import in_thread
+from sheeprlhf.utils.processes import in_thread, run_coroutine
 
 ADAPTER = "sheeprlhf-policy"  # name of the policy's adapter on the servers
 SPEED = "rollout/server_tokens_per_second"  # a metric for each server, with its number in rollout.urls from 1
@@ -234,7 +234,7 @@ class RolloutServers:
                 if self._problem is not None:
                     raise self._problem
                 if pending is None:
-                    found = asyncio.run(self._sample(prompts, uniforms))
+                    found = run_coroutine(self._sample(prompts, uniforms))
                     if number is not None:
                         self._keep(number, number, key, found.sampled)
                 else:

@@ -14,6 +14,7 @@ from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError, RolloutServerError
 from sheeprlhf.utils.http import SHOWN, client, describe, is_transient, parse_answer, request
 from sheeprlhf.utils.output import read_small
+from sheeprlhf.utils.processes import run_coroutine
 
 SECONDS_OF_CHECK = 10.0  # of a request
 _SECONDS_OF_CHECKS = 30.0  # of all requests to a server before a run
@@ -64,7 +65,7 @@ def check_servers(cfg: TrainConfig) -> None:
     async def problems() -> list[str | None]:
         return await asyncio.gather(*(problem(url.rstrip("/")) for url in rollout.urls))
 
-    found = [f"rollout.urls: {text}" for text in asyncio.run(problems()) if text]
+    found = [f"rollout.urls: {text}" for text in run_coroutine(problems()) if text]
     if found:
         raise ConfigError(*found)
 

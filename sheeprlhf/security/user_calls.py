@@ -24,7 +24,7 @@ from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 from sheeprlhf.utils.errors import ConfigError, RewardError
-from sheeprlhf.utils.processes import BoundToThis, ignore_interrupts, spawn_context, start_bound
+from sheeprlhf.utils.processes import BoundToThis, ignore_interrupts, run_coroutine, spawn_context, start_bound
 
 Arguments = tuple[list[Any], dict[str, Any]]  # of a call, by position and by name
 _SHOWN_MESSAGE = 400  # characters of an exception's message
@@ -127,7 +127,7 @@ class FunctionCaller:
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         if self._runner is None:  # one event loop for all calls: clients that the function keeps belong to it
             self._runner = asyncio.Runner()
-        return self._runner.run(coroutine)
+        return run_coroutine(coroutine, self._runner.run)
 
     def _in_tasks(self, arguments: list[Arguments]) -> list[Any]:
         limit = asyncio.Semaphore(self._num_workers)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -66,6 +66,18 @@ def in_thread(work: Callable[[], Result]) -> Future[Result]:
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+def run_coroutine(coroutine: Coroutine[Any, Any, Result], run: Callable[..., Result] | None = None) -> Result:
+    """Run a coroutine by `run`, by default `asyncio.run`; in a thread if an event loop runs here, as in a notebook."""
+    import asyncio  # slow, and most commands need none
+
+    run = run or asyncio.run
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return run(coroutine)
+    return in_thread(lambda: run(coroutine)).result()
 
 
 class BoundToThis:

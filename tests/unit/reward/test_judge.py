@@ -1,5 +1,6 @@
 """The judge against a real server on loopback: requests, concurrency, retries, failures, keys, and checks before."""
 
+import asyncio
 import socket
 import time
 from dataclasses import replace
@@ -54,6 +55,18 @@ def test_requests_are_concurrent_and_scores_in_order() -> None:
             "temperature": 0,
             "max_tokens": 256,
         }
+
+
+def test_it_is_asked_where_an_event_loop_runs() -> None:
+    """As in a notebook."""
+    with judge_server(lambda *_: (200, "3")) as server:
+        cfg = JudgeRewardConfig(url=server.url, **SETTINGS)
+
+        async def cell() -> RawScores:
+            check_server(cfg)
+            return raw_scores(cfg, texts_of("a", "b"))
+
+        assert asyncio.run(cell()).total == [3.0, 3.0]
 
 
 def test_columns_fill_the_prompt_and_braces_in_texts_stay() -> None:

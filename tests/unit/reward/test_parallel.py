@@ -1,5 +1,6 @@
 """Functions called with one response at a time: in processes, or as tasks of an event loop."""
 
+import asyncio
 import os
 import time
 from pathlib import Path
@@ -46,6 +47,10 @@ async def waits(responses, answer):
     now -= 1
     return [float(answer[0]) + most / 100]
 
+async def answers_task(responses, answer):
+    await asyncio.sleep(0)
+    return [float(one) for one in answer]
+
 async def strict_task(responses):
     return strict(responses)
 
@@ -86,6 +91,17 @@ def test_tasks_keep_the_order_and_the_limit(own: str) -> None:
     scores = load(own, "waits", num_workers=3)(texts_of(*"abcdefgh"))
     assert [int(score) for score in scores] == list(range(8))
     assert max(score % 1 for score in scores) == pytest.approx(0.03)  # three at once, never four
+
+
+def test_tasks_run_where_an_event_loop_runs(own: str) -> None:
+    """As in a notebook; every call has the same loop of its own."""
+    for num_workers in (0, 3):
+        function = load(own, "answers_task", num_workers=num_workers)
+
+        async def cell(function: RewardFunction = function) -> list[list[float]]:
+            return [function(texts_of(*"abc")), function(texts_of("a"))]
+
+        assert asyncio.run(cell()) == [[0.0, 1.0, 2.0], [0.0]]
 
 
 @pytest.mark.parametrize("name", ["strict", "strict_task"])
