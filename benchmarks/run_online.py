@@ -11,7 +11,6 @@ and critic ("value_reward"), and of the update. With --profile the operations of
 
 import argparse
 import json
-import os
 import resource
 import sys
 import time
@@ -22,16 +21,8 @@ from pathlib import Path
 from typing import Any
 
 
-def process_start() -> float:
-    """Wall-clock time at which this process was created, from the kernel."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-    uptime = float(Path("/proc/uptime").read_text().split()[0])
-    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
-
-
 def main() -> None:
     """Time `updates` rollouts and what is learnt from them, after `warmup` ones."""
-    started = process_start()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="ppo", choices=["ppo", "rloo", "grpo"])
     parser.add_argument("--model", default="tiny4k")
@@ -48,7 +39,9 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from sheeprlhf.utils.memory import set_malloc
+    from sheeprlhf.utils.processes import seconds_since_start
 
+    started = time.time() - seconds_since_start()
     set_malloc(sharded=False)  # as a job does
     import numpy as np
     import torch

@@ -11,7 +11,6 @@ reads them from its cache.
 
 import argparse
 import json
-import os
 import resource
 import sys
 import time
@@ -21,13 +20,6 @@ from types import SimpleNamespace
 from typing import Any
 
 PRECISIONS = {"fp32": "32-true", "bf16-mixed": "bf16-mixed", "bf16": "bf16-true"}
-
-
-def process_start() -> float:
-    """Wall-clock time at which this process was created, from the kernel."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-    uptime = float(Path("/proc/uptime").read_text().split()[0])
-    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
 
 
 class Rows(list[Any]):
@@ -44,7 +36,6 @@ class Rows(list[Any]):
 
 def main() -> None:
     """Time `updates` optimizer steps after `warmup` ones."""
-    started = process_start()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="sft", choices=["sft", "rm", "dpo"])
     parser.add_argument("--model", default="tiny4k")
@@ -63,7 +54,9 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from sheeprlhf.utils.memory import set_malloc
+    from sheeprlhf.utils.processes import seconds_since_start
 
+    started = time.time() - seconds_since_start()
     set_malloc(sharded=False)  # as a job does
     import numpy as np
     import torch

@@ -122,7 +122,7 @@ def compose_for_help(source: Source, overrides: list[str]) -> tuple[Config, dict
     """The configuration of the groups chosen so far (`task` may stay missing), and the choices of every group."""
     parsed, problems = readable(overrides)
     with _hydra(source):
-        chosen = pick_groups(source.verb, parsed, _group_options(source.verb))
+        chosen = pick_groups(parsed, _group_options(source.verb))
         config = _compose_base(source, chosen, _words(chosen.groups))
     if problems or chosen.problems:
         raise ConfigError(*problems, *chosen.problems)
@@ -286,7 +286,7 @@ def _jobs(parsed: list[Override]) -> Iterator[list[Override]]:
 def _compose_job(source: Source, parsed: list[Override], complete: bool) -> Job | None:
     """The job of these overrides; None unless it has to be complete. Raises ConfigError with every problem."""
     has_recipe = any(override.key_or_group == "experiment" for override in parsed)
-    chosen = pick_groups(source.verb, parsed, _group_options(source.verb, only_own_recipes=has_recipe))
+    chosen = pick_groups(parsed, _group_options(source.verb, only_own_recipes=has_recipe))
     problems, job = chosen.problems, None
     try:
         saved = saved_overrides(source.verb, parsed)

@@ -154,7 +154,7 @@ def _unreadable(word: str, key: str, value: str) -> str:
     return f"{_short(word)} is not key=value: options are written without dashes and spaces, for example seed=1"
 
 
-def pick_groups(verb: str, parsed: list[Override], available: dict[str, list[str]]) -> Chosen:
+def pick_groups(parsed: list[Override], available: dict[str, list[str]]) -> Chosen:
     """Sort a job's overrides by kind and check the choices of groups against those that exist."""
     chosen = Chosen(available, [], [], [], set(), [])
     for override in parsed:
@@ -164,7 +164,7 @@ def pick_groups(verb: str, parsed: list[Override], available: dict[str, list[str
         elif key not in available or override.package is not None:
             chosen.values.append(override)
         else:
-            problem = _choice_problem(verb, override, available)
+            problem = _choice_problem(override, available[key])
             if problem is None:
                 chosen.groups.append(override)
             else:
@@ -173,8 +173,9 @@ def pick_groups(verb: str, parsed: list[Override], available: dict[str, list[str
     return chosen
 
 
-def _choice_problem(verb: str, override: Override, available: dict[str, list[str]]) -> str | None:
-    key, names = override.key_or_group, available[override.key_or_group]
+def _choice_problem(override: Override, names: list[str]) -> str | None:
+    """The problem of choosing one of `names` for a group; None if there is none."""
+    key = override.key_or_group
     listed = f"it may be {', '.join(names) if names else 'nothing here: there are no files for it'}"
     if override.is_delete():
         return f"~{key} cannot be removed: {listed}"

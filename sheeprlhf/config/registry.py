@@ -76,10 +76,14 @@ NOT_IN_HASH = frozenset(
         "task.max_skipped_steps",  # which without it end the run
         *PERFORMANCE_ONLY_OPTIONS,
         *("fabric.config_name", "fabric.accelerator", "fabric.devices", "fabric.num_nodes", "fabric.strategy"),
-        *("fabric.timeout", "fabric.tensor_parallel"),
+        *("fabric.timeout", "fabric.tensor_parallel", "fabric.replicas", "fabric.offload"),
         *("rollout.urls", "rollout.sync", "rollout.sync_dir", "rollout.timeout", "rollout.tolerance"),
     }
 )
+_HASHED_DEFAULTS = {
+    "fabric.replicas": 1,
+    "fabric.offload": "none",
+}  # once told runs apart: in all hashes, with these values
 
 
 class Option(NamedTuple):
@@ -259,6 +263,7 @@ def _plain(value: Any) -> Any:
 def config_hash(config: Config) -> str:
     """SHA-256 of all that changes the result of a run, by old names of options, so that older runs continue."""
     kept = dict(original(o.key, _plain(o.value)) for o in options(config) if o.key not in NOT_IN_HASH)
+    kept |= _HASHED_DEFAULTS
     if kept.get("rollout.config_name") == "local":
         del kept["rollout.config_name"]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

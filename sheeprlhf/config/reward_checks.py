@@ -113,19 +113,16 @@ def reward_problems(cfg: RewardSourceConfig) -> Iterator[str]:
             if (value := getattr(cfg, name)) != getattr(ListRewardConfig, name):
                 yield f"reward.{name}={value} is read by reward models only: remove it, or add the term model"
     if isinstance(cfg, ListRewardConfig):
-        yield from _ensemble_problems(cfg, sum(map(is_model, sources)))
+        num_models = sum(map(is_model, sources))
+        if cfg.combine != "sum" and num_models < 2:
+            advice = "add for example model:<folder>, or give reward.combine=sum"
+            yield f"reward.combine={cfg.combine} compares reward models, and reward.terms has {num_models}: {advice}"
     if isinstance(cfg, ModelRewardConfig | ListRewardConfig) and cfg.folder is not None:
         if isinstance(cfg, ListRewardConfig) and MODEL not in sources:
             yield f"reward.folder={cfg.folder} is read by no term: remove it, or add the term model"
         else:
-            problem = model_problem(cfg.folder, weights=True, key="reward.folder")
-            yield from [] if problem is None else [problem]
-
-
-def _ensemble_problems(cfg: ListRewardConfig, num_models: int) -> Iterator[str]:
-    if cfg.combine != "sum" and num_models < 2:
-        advice = "add for example model:<folder>, or give reward.combine=sum"
-        yield f"reward.combine={cfg.combine} compares reward models, and reward.terms has {num_models}: {advice}"
+            if problem := model_problem(cfg.folder, weights=True, key="reward.folder"):
+                yield problem
 
 
 def _readable_terms(texts: list[str]) -> Iterator[Term | str]:
@@ -143,8 +140,8 @@ def _readable_terms(texts: list[str]) -> Iterator[Term | str]:
 def _terms_problems(sources: list[str]) -> Iterator[str]:
     for source in dict.fromkeys(sources):
         if (folder := term_folder(source)) is not None:
-            problem = model_problem(folder, weights=True, key="reward.folder")
-            yield from [] if problem is None else [problem.replace("reward.folder=", "reward.terms: model:")]
+            if problem := model_problem(folder, weights=True, key="reward.folder"):
+                yield problem.replace("reward.folder=", "reward.terms: model:")
         elif source not in (MODEL, JUDGE):
             yield from source_problems("reward.terms: ", source)
         if sources.count(source) > 1:
@@ -332,8 +329,8 @@ def online_problems(config: TrainConfig, task: OnlineTaskConfig) -> Iterator[str
     if isinstance(task, DistillConfig) and task.teacher is None:
         yield "task.teacher is missing: give the folder or the hub id of the model that is learned from"
     elif isinstance(task, DistillConfig):
-        problem = model_problem(task.teacher, weights=True, key="task.teacher")
-        yield from [] if problem is None else [problem]
+        if problem := model_problem(task.teacher, weights=True, key="task.teacher"):
+            yield problem
     elif isinstance(config.reward, NoRewardConfig):
         yield f"reward=none gives task={task.config_name} nothing to learn: give for example reward=model"
     compares = f"task={task.config_name} compares probabilities of different passes"

@@ -293,7 +293,11 @@ class FetchConfig(CommandConfig):
     entry_point: ClassVar[str] = "sheeprlhf.apps.fetch:run"
 
     model: ModelConfig = MISSING
-    cache_dir: Optional[str] = option(None, "Folder of the models; null: $SHEEPRLHF_CACHE, else ~/.cache/sheeprlhf.")
+    cache_dir: Optional[str] = option(
+        None,
+        "Folder of weights that are converted from pytorch_model.bin; null: $SHEEPRLHF_CACHE, else ~/.cache/sheeprlhf. "
+        "Files of the hub go into the hub's own cache (HF_HOME).",
+    )
     debug: bool = option(False, "Show the traceback of an error.")
 
 
