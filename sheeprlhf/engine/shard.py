@@ -37,6 +37,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 
 from sheeprlhf.engine.ranks import JoiningModelParallel, meshes_of
+from sheeprlhf.model.folder.architecture import decoder_blocks
 from sheeprlhf.model.folder.file_parameters import drop_placeholders
 from sheeprlhf.structure.run import FabricConfig
 from sheeprlhf.utils.errors import ConfigError, ModelError
@@ -144,8 +145,9 @@ def shard_module(module: nn.Module, mesh: Any, **how: Any) -> nn.Module:
             fully_shard(part, mesh=of_all, **in_float32)
             cast(FSDPModule, part).set_gradient_divide_factor(of_data.size())  # the sum within a group
             cast(FSDPModule, part).set_force_sum_reduction_for_comms(True)  # gloo has no other
-    blocks = next((part for part in module.modules() if isinstance(part, nn.ModuleList)), nn.ModuleList())
-    norms = [part for part in blocks.modules() if type(part).__name__.endswith("Norm") and not is_sharded(part)]
+    blocks = decoder_blocks(module)
+    parts = [part for block in blocks for part in block.modules()]
+    norms = [part for part in parts if type(part).__name__.endswith("Norm") and not is_sharded(part)]
     if norms and "mp_policy" in how:
         fully_shard(norms, mesh=of_data, **in_float32)
     for block in blocks:
@@ -175,8 +177,7 @@ def uncut_weights(module: nn.Module, size: int) -> list[nn.Parameter]:
     parts = [(part, style) for pattern, style in plan.items() for part in _matching(backbone, pattern)]
     layers = [layer for part, style in parts if style in _STYLES for layer in _layers_of(part, style)]
     cut = {weight for layer in layers for weight in layer.parameters()}
-    blocks = next(part for part in module.modules() if isinstance(part, nn.ModuleList))
-    return [weight for weight in blocks.parameters() if weight not in cut]
+    return [weight for block in decoder_blocks(module) for weight in block.parameters() if weight not in cut]
 
 
 def tensor_plan(module: nn.Module, size: int) -> tuple[nn.Module, dict[str, str]]:

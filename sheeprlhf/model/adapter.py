@@ -36,7 +36,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sheeprlhf.config.validate import is_pattern, parse_targets
 from sheeprlhf.model.folder.account import HEAD
-from sheeprlhf.model.folder.architecture import has_other_parts
+from sheeprlhf.model.folder.architecture import decoder_blocks, has_other_parts, num_positions_of
 from sheeprlhf.model.folder.embedding_rows import base_of, trained_rows
 from sheeprlhf.model.folder.quantize import dequantize, quantization_of
 from sheeprlhf.model.folder.weights import saved_dtype
@@ -386,7 +386,7 @@ def peft_warnings_ignored() -> Iterator[None]:
 def probe_rows(model: PreTrainedModel) -> list[list[int]]:
     """Token ids of a few rows spread over the vocabulary, the same on every call, for a model without data at hand."""
     vocabulary: int = cast(Tensor, model.get_input_embeddings().weight).shape[0]
-    length = min(_ROW_TOKENS, int(getattr(model.config, "max_position_embeddings", None) or _ROW_TOKENS))
+    length = min(_ROW_TOKENS, num_positions_of(model.config) or _ROW_TOKENS)
     return [
         [(3 + 7919 * row + 104_729 * position) % vocabulary for position in range(length)] for row in range(_NUM_ROWS)
     ]
@@ -461,7 +461,7 @@ def check_adapted(model: PeftModel, cfg: LORAConfig) -> None:
     if missing:
         raise ModelError(
             f"model.lora_cfg.layers_to_transform: no target is in layer {missing[0]}: the model has the layers 0 to "
-            f"{getattr(model.config, 'num_hidden_layers', 1) - 1}"
+            f"{len(decoder_blocks(model)) - 1}"
         )
     targets, shared = parse_targets(cfg.targets), shared_targets(model)
     if shared:

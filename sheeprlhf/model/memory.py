@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 from sheeprlhf.model.adapter import add_lora, with_adapter
 from sheeprlhf.model.attention import placeholder_mask
 from sheeprlhf.model.folder.account import HEAD
-from sheeprlhf.model.folder.architecture import packing_limit
+from sheeprlhf.model.folder.architecture import decoder_blocks, num_positions_of, packing_limit
 from sheeprlhf.model.folder.load import load_causal_lm, with_score_head
 from sheeprlhf.model.folder.quantize import check_quantizable, quantized_savings
 from sheeprlhf.model.lm_head import MAX_LOGITS, backbone_and_head
@@ -150,7 +150,7 @@ def measure(cfg: ModelConfig, precision: str, scores: bool = False) -> ModelSize
         fixed, per_token, hidden, attention = _kept_bytes(causal_lm, MIXED.get(precision))
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # a way that needs the tensors' content
         raise ModelError(f"{type(causal_lm).__name__} cannot be run on tensors without content: {error}") from error
-    layers = int(getattr(causal_lm.config, "num_hidden_layers", 1))
+    layers = int(getattr(causal_lm.config.get_text_config(), "num_hidden_layers", 1))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     blocks = [sum(p.numel() for p in block.parameters()) for block in decoder_blocks(model)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -166,7 +166,7 @@ def measure(cfg: ModelConfig, precision: str, scores: bool = False) -> ModelSize
         checkpointed=layers * hidden.shape[-1] * hidden.itemsize + 2 * per_token // layers,
         vocabulary=0 if scores else head.shape[0],
         half=precision in MIXED or next(backbone_and_head(causal_lm)[0].parameters()).itemsize == 2,
-        positions=getattr(causal_lm.config, "max_position_embeddings", None),
+        positions=num_positions_of(causal_lm.config),
         trainable_numbers=sum(parameter.numel() for parameter in trainable),
         block=max(blocks, default=0),
         outside=parameters - sum(blocks),
@@ -176,17 +176,12 @@ def measure(cfg: ModelConfig, precision: str, scores: bool = False) -> ModelSize
     )
 
 
-def decoder_blocks(model: nn.Module) -> Iterable[nn.Module]:
-    """The layers of a model, which are sharded one by one."""
-    return next((part for part in model.modules() if isinstance(part, nn.ModuleList)), ())
-
-
 def freeze_layers(model: nn.Module, number: int) -> None:
     """Freeze the embeddings and the first layers of a model, as trlX does in reward models; nothing if `number` is 0.
 
     Raises ModelError if no layer is left to train.
     """
-    blocks = list(decoder_blocks(model)) if number else []
+    blocks = decoder_blocks(model) if number else []
     if number and number >= len(blocks):
         raise ModelError(
             f"model.frozen_layers={number} leaves no layer to train: the model has {len(blocks)}, give at most "

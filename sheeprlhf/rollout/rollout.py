@@ -38,6 +38,7 @@ from sheeprlhf.data.tokenize import StepFinder, TextExchange
 from sheeprlhf.engine.shard import data_rank, equal_passes, gathered
 from sheeprlhf.loss.advantage import by_position
 from sheeprlhf.loss.reward import combine_steps
+from sheeprlhf.model.folder.architecture import num_positions_of
 from sheeprlhf.reward.score import RawScores, RunningMoments, Texts, build_reward
 from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.rollout.sampler import Sampled, engine_of
@@ -577,9 +578,9 @@ class RolloutCollector:
 
 def check_positions(model: RewardModel, rollout: Rollout) -> None:
     """Raises RewardError if a prompt with its response has more tokens than the reward model has positions."""
-    positions = getattr(model.classifier().config, "max_position_embeddings", None)
+    positions = num_positions_of(model.classifier().config)
     longest = longest_of(rollout)
-    if isinstance(positions, int) and longest > positions:
+    if positions is not None and longest > positions:
         raise RewardError(
             f"a prompt with its response has {longest} tokens of the reward model, which has {positions} positions: "
             "lower generation.max_new_tokens or data.max_prompt_length"

@@ -27,6 +27,7 @@ from sheeprlhf.data.source import locate
 from sheeprlhf.data.tokenize import RowTokenizer
 from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.model.adapter import check_difference, compute_outputs, max_difference, max_output, merge_lora
+from sheeprlhf.model.folder.architecture import num_positions_of
 from sheeprlhf.task.models import load_trained
 from sheeprlhf.utils.end_tokens import add_end_ids, padding_token
 from sheeprlhf.utils.errors import ConfigError, DataError, ModelError, Notify
@@ -111,7 +112,7 @@ def _inner(model: Policy | RewardModel) -> PreTrainedModel:
 
 def _rows(trained: Trained, tokenizer: PreTrainedTokenizerBase, model: Policy | RewardModel) -> Iterator[list[int]]:
     """Token ids of a few rows of the run's own data, prompt and response; of our own texts if it is not here."""
-    most = getattr(_inner(model).config, "max_position_embeddings", None)
+    most = num_positions_of(_inner(model).config)
     found: list[list[int]] = []
     if trained.data is not None and data_is_here(trained.data):
         try:

@@ -13,6 +13,7 @@ from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.config.model_lookup import Trained
 from sheeprlhf.data.example import Example, collate_padded
 from sheeprlhf.data.prompt_encoder import FORMS, Asker, Turn, form_of, template_args_of
+from sheeprlhf.model.folder.architecture import num_positions_of
 from sheeprlhf.rollout.engines import StopStrings, stream_ids
 from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.task.models import load_trained
@@ -40,7 +41,7 @@ class TextGenerator:
         self._asker = Asker(self.form, tokenizer, template_args)
         undefined = undefined_ids(tokenizer, model.get_output_embeddings().weight.shape[0])
         self._undefined_U = None if undefined is None else torch.from_numpy(undefined)
-        self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.positions = num_positions_of(model.config)
 
     def in_form(self, form: str) -> "TextGenerator":
         """The same model, asked in another form."""
@@ -107,7 +108,7 @@ class RewardScorer:
             raise DataError("there is no answer to score")
         kind = FORMS[form]
         example = Asker(kind, self.tokenizer, self._template_args).example(turns if kind.turns else turns[-1:], answer)
-        positions = getattr(self.model.classifier().config, "max_position_embeddings", None)
+        positions = num_positions_of(self.model.classifier().config)
         if positions is not None and example.num_tokens() > positions:
             raise DataError(f"prompt and answer are longer than the {positions:,} tokens of the reward model")
         batch = collate_padded([example], pad_id=0, targets="last")

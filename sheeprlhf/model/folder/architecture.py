@@ -86,6 +86,19 @@ def has_other_parts(model: PreTrainedModel) -> bool:
     return model.config.get_text_config() is not model.config and model.get_decoder() is not model
 
 
+def num_positions_of(config: Any) -> int | None:
+    """Tokens of the longest row that a model can read, by its configuration; None if that sets no limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else None
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers of a language model, also of one with other parts, or of a module around it; empty if it has none."""
+    inner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+    decoder: Any = model if inner is None else inner.get_decoder() or inner
+    return list(next((part for part in decoder.modules() if isinstance(part, nn.ModuleList)), ()))
+
+
 def is_recurrent(model: PreTrainedModel) -> bool:
     """True if a model has layers that carry a state from token to token besides attention's keys and values."""
     linear = "linear_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())

@@ -23,7 +23,7 @@ from sheeprlhf.config.path_checks import is_template_file
 from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.model.attention import register, use_packed_attention
 from sheeprlhf.model.folder.account import HEAD
-from sheeprlhf.model.folder.architecture import has_other_parts, use_frequencies_of_rows
+from sheeprlhf.model.folder.architecture import has_other_parts, num_positions_of, use_frequencies_of_rows
 from sheeprlhf.model.folder.embedding_rows import add_rows, too_few_rows
 from sheeprlhf.model.folder.quantize import keep_quantization
 from sheeprlhf.model.folder.weights import find_files, find_weights, from_checked_files, read_config, read_model
@@ -139,7 +139,7 @@ def load_causal_lm(
 
 
 def _check_positions(config: Any, cfg: ModelConfig, longest: int) -> None:
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = num_positions_of(config)
     if positions is not None and longest > positions:
         raise ModelError(
             f"data.max_length: the longest sequence has {longest} tokens, {cfg.repo_name} has {positions} positions; "

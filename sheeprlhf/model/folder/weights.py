@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from sheeprlhf.model.folder.account import HEAD, SCORE_BIAS, Account, account_for, account_from_headers
+from sheeprlhf.model.folder.architecture import num_positions_of
 from sheeprlhf.model.folder.file_parameters import Source, keep_in_files, placeholders
 from sheeprlhf.model.folder.quantize import quantization_options, use_quantized_layers
 from sheeprlhf.model.locate import locate
@@ -108,7 +109,7 @@ def num_positions(cfg: ModelConfig) -> int | None:
 
     Raises ModelError if its configuration cannot be read.
     """
-    return getattr(from_checked_files(AutoConfig, cfg, find_files(cfg)), "max_position_embeddings", None)
+    return num_positions_of(from_checked_files(AutoConfig, cfg, find_files(cfg)))
 
 
 def from_checked_files(auto: Any, cfg: ModelConfig, files: ModelFiles, what: str = "the model") -> Any:

@@ -15,7 +15,6 @@ from sheeprlhf.agent.batches import Batches, MappedRows
 from sheeprlhf.agent.reward import OFFSET, reward_model_of
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.engine.run import open_run
-from sheeprlhf.engine.rundir import is_finished
 from sheeprlhf.engine.step import LossOutput, add_gradients, evaluate
 from sheeprlhf.loss.reward import accuracies, by_response, centering, last_scores, plackett_luce, reward_loss
 from sheeprlhf.structure.run import TrainConfig
@@ -96,7 +95,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             step.metrics = step.update(loss_fn) | likelihood
             if step.validates:
                 validate()
-        if task.normalize_on == "demonstrations" and not is_finished(run.dir):
+        if task.normalize_on == "demonstrations":
             pairs = Batches(
                 fabric, task, packed=model.packed, targets="last", num_items=lambda batch: len(batch.pairs_P2)
             )

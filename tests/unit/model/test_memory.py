@@ -22,6 +22,7 @@ from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.model.adapter import add_lora
 from sheeprlhf.model.attention import most_kept_keys, placeholder_mask
+from sheeprlhf.model.folder.architecture import decoder_blocks
 from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
 from sheeprlhf.model.lm_head import MAX_LOGITS, backbone_and_head
 from sheeprlhf.model.memory import (
@@ -29,12 +30,14 @@ from sheeprlhf.model.memory import (
     NO_HOLES,
     ModelSize,
     allocator_share,
+    freeze_layers,
     measure,
     optimizer_bytes,
     plan,
 )
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.run import AdamConfig, AdamWConfig, OptimizerConfig, SGDConfig
+from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.processes import reliable_sigint
 from tests.support.batches import random_examples
 from tests.support.models import ARCHITECTURES, ModelFolder
@@ -249,3 +252,19 @@ def test_a_heap_without_holes_needs_a_low_threshold(
     if threshold is not None:
         monkeypatch.setenv(NO_HOLES, threshold)
     assert (allocator_share("cpu", "ALL"), allocator_share("cuda", "ALL")) == (share, 0.0)
+
+
+def test_of_a_model_of_text_and_images_the_text_counts(model_folder: ModelFolder) -> None:
+    """Its decoder is that of the model of text alone; the other parts only add weights."""
+    both, text = (measure(config_of(model_folder(name), "ALL"), "32-true") for name in ("gemma3", "gemma3_text"))
+    names = ("per_token", "checkpointed", "positions", "block")
+    assert [getattr(both, name) for name in names] == [getattr(text, name) for name in names]
+    assert both.positions == 128 and both.parameters > text.parameters
+    model = load_causal_lm(config_of(model_folder("gemma3"), "ALL"), vocabulary=260, longest=128)
+    freeze_layers(model, 1)
+    [first, second] = decoder_blocks(model)
+    assert model.get_decoder().layers[1] is second
+    assert not any(weight.requires_grad for weight in first.parameters())
+    assert all(weight.requires_grad for weight in second.parameters())
+    with pytest.raises(ModelError, match=r"data\.max_length=128"):
+        load_causal_lm(config_of(model_folder("gemma3"), "ALL"), vocabulary=260, longest=129)
