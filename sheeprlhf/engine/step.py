@@ -104,12 +104,19 @@ def update(
 
 
 def add_gradients(
-    fabric: Fabric, module: _FabricModule, micro_batches: list[MicroBatch], loss_fn: LossFn, *, weight: float
+    fabric: Fabric,
+    module: _FabricModule,
+    micro_batches: list[MicroBatch],
+    loss_fn: LossFn,
+    *,
+    weight: float,
+    skip: Skip | None = None,
 ) -> dict[str, float]:
     """All ranks: add the gradient of another mean loss times a weight, before an `update`, whose arguments these are.
 
     Returns:
-        loss, without the weight, and the loss function's metrics per item, "items" of all ranks.
+        loss, without the weight, and the loss function's metrics per item, "items" of all ranks. If the loss is not
+        finite and `skip` returns, the step is left out by an `update` without micro-batches.
 
     Raises:
         NonFiniteError: the loss is not finite; on all ranks.
@@ -120,7 +127,10 @@ def add_gradients(
     means, _ = _reduce(fabric, passes.sums, passes.names, torch.zeros((), device=fabric.device))
     result = {name: value / passes.num_items for name, value in means.items()} | {"items": float(passes.num_items)}
     if not math.isfinite(result["loss"]):
-        raise NonFiniteError(_non_finite_message(fabric, result, passes))
+        error = NonFiniteError(_non_finite_message(fabric, result, passes))
+        if skip is None:
+            raise error
+        skip(error)
     return result
 
 

@@ -11,17 +11,19 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from sheeprlhf.agent.policy import load_policy
 from sheeprlhf.agent.reward import reward_model_of
 from sheeprlhf.cli import run
-from sheeprlhf.data.example import Example, collate_packed
+from sheeprlhf.data.example import Batch, Example, collate_packed
+from sheeprlhf.engine.step import LossOutput
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.task.train.rm import likelihood_loss
-from tests.support.runs import train, write_pairs
+from tests.support.runs import figures, train, write_pairs
 
 ModelFolder = Callable[..., Path]
 TEXTS = ["0 the quick brown fox? well, seven wizards.", "1 lazy dog? strange potions brew.", "2 a?"]
@@ -181,3 +183,22 @@ def test_rankings_and_margins(tmp_path: Path, model_folder: ModelFolder, capsys:
     figures = json.loads((run_dir / "eval" / "preference-test-final.json").read_text())
     assert figures["pairs"] == 10 + 3 * 10 + 20
     assert figures["accuracy"] >= 0.95
+
+
+def test_a_likelihood_that_is_not_finite_leaves_the_step_out(
+    tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a loss of pairs does; the weights are those of before."""
+    calls = []
+
+    def once_infinite(model: nn.Module, batch: Batch) -> LossOutput:
+        calls.append(batch)
+        output = likelihood_loss(model, batch)
+        return output._replace(total=output.total * math.inf) if len(calls) == 1 else output
+
+    monkeypatch.setattr("sheeprlhf.task.train.rm.likelihood_loss", once_infinite)
+    words = ["task.max_num_steps=2", "task.likelihood_coeff=0.5", "task.max_skipped_steps=1"]
+    run_dir = train(model_folder(), write_pairs(tmp_path / "rows.jsonl"), tmp_path / "run", *words, task="rm")
+    found = figures(run_dir)
+    assert found["train/skipped_steps"] == [1.0, 1.0] and not math.isfinite(found["train/nll"][0])
+    assert math.isfinite(found["train/nll"][1]) and found["train/loss"][1] > 0

@@ -5,6 +5,7 @@ subtracted, the critic's values turn the rewards into advantages, and both are t
 The loss of an optimizer step is the mean over its response tokens, of all rows of the step and all devices.
 """
 
+import math
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -151,8 +152,10 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                     if task.ptx_coeff:
                         ptx_plan = StepPlan(len(loop.rows), task.ptx_batch_size, **order)
                         texts = ptx_batches.of(loop.rows, ptx_plan.rows_of_step(step))
-                        ptx = add_gradients(fabric, actor_module, texts, ptx_loss, weight=task.ptx_coeff)
-                        iteration.log({"loss/ptx": ptx["loss"]})
+                        how: dict[str, Any] = {"weight": task.ptx_coeff, "skip": run.skip_step}
+                        ptx = add_gradients(fabric, actor_module, texts, ptx_loss, **how)["loss"]
+                        iteration.log({"loss/ptx": ptx})
+                        micro_batches = micro_batches if math.isfinite(ptx) else []  # leaves the step out
                     metrics = iteration.update(micro_batches, policy_fn)
                 if metrics and ema is not None:
                     ema.update()

@@ -5,8 +5,10 @@ the mean over the pairs of its responses (InstructGPT, arXiv 2203.02155, eq. 1),
 a response is that after its last token.
 """
 
+import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -87,12 +89,13 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         if loop.validates_at_start:
             validate()
         for step in loop:
-            likelihood: dict[str, float] = {}
+            likelihood, micro_batches = dict[str, float](), step.batches
             if task.likelihood_coeff:
                 preferred = texts.of(MappedRows(loop.rows, preferred_only), loop.plan.rows_of_step(loop.state.step))
-                found = add_gradients(fabric, module, preferred, likelihood_loss, weight=task.likelihood_coeff)
-                likelihood = {"nll": found["loss"]}
-            step.metrics = step.update(loss_fn) | likelihood
+                how: dict[str, Any] = {"weight": task.likelihood_coeff, "skip": run.skip_step}
+                likelihood["nll"] = add_gradients(fabric, module, preferred, likelihood_loss, **how)["loss"]
+                micro_batches = step.batches if math.isfinite(likelihood["nll"]) else []  # leaves the step out
+            step.metrics = step.update(loss_fn, micro_batches) | likelihood
             if step.validates:
                 validate()
         if task.normalize_on == "demonstrations":
