@@ -58,6 +58,8 @@ _SHOWN = 4  # tensors in a message
 _NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)  # PEFT takes some names for patterns: none of these takes long
 _ANYWHERE = r".*\."  # begins the names of experts in the patterns that PEFT writes
 _MAX_NAMES = 10_000
+_WITHOUT_OUT_PROJ = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # types of which PEFT rejects it
+_OTHER_LINEAR = ("Router", "GroupedLinear")  # ends of classes that compute something else (Llama 4, DeepSeek V4)
 _OFF: tuple[Any, ...] = (False, "", [], {})
 _HARMLESS = ("base_model_name_or_path", "revision", "peft_version", "inference_mode", "runtime_config")
 _USUAL: dict[str, tuple[Any, ...]] = {  # what PEFT writes into every file
@@ -475,12 +477,21 @@ def check_adapted(model: PeftModel, cfg: LORAConfig) -> None:
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers, with or without adapters; those that text passes through."""
+    """Names of the linear layers that can have adapters, with or without them; those that text passes through."""
     parts = (model.get_decoder(), model.get_output_embeddings()) if has_other_parts(model) else (model,)
     passed = {module for part in parts if part is not None for module in part.modules()}
-    linear = (nn.Linear, Conv1D)
-    names = [name for name, module in model.named_modules() if isinstance(module, linear) and module in passed]
-    return [name.removesuffix(".base_layer") for name in names if ".lora_" not in name]
+    left_out = "out_proj" if model.config.model_type in _WITHOUT_OUT_PROJ else None
+    return [
+        name
+        for name, layer in _linear_layers(model).items()
+        if layer in passed and name.rpartition(".")[2] != left_out and not type(layer).__name__.endswith(_OTHER_LINEAR)
+    ]
+
+
+def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """All linear layers, with or without adapters."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    return {name.removesuffix(".base_layer"): layer for name, layer in layers.items() if ".lora_" not in name}
 
 
 def matching_names(target: str, names: Sequence[str]) -> list[str]:
@@ -578,10 +589,11 @@ def add_lora(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None
 def _target_modules(model: PreTrainedModel, cfg: LORAConfig) -> str | list[str]:
     """The targets as PEFT takes them: regular expressions become names, so that a saved adapter has none."""
     targets, names = parse_targets(cfg.targets), linear_names(model)
-    if has_other_parts(model):  # whose layers have the same names: PEFT gets whole names
-        head, layers = model.get_output_embeddings(), set(map(str, cfg.layers_to_transform))
+    if len(names) < len(_linear_layers(model)):  # the others may have the same names: PEFT gets whole names
+        heads = (model.get_output_embeddings(), getattr(model, HEAD, None))
+        layers = set(map(str, cfg.layers_to_transform))
         if isinstance(targets, str):
-            names = [name for name in names if model.get_submodule(name) is not head]
+            names = [name for name in names if model.get_submodule(name) not in heads]
         else:
             names = [name for name in names if any(matching_names(target, [name]) for target in targets)]
         return [name for name in names if not layers or layers & set(name.split("."))]

@@ -152,6 +152,8 @@ def packed_attention(
             module, query_BHTD, key_BGTD, value_BGTD, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
+    if attention_mask is not None and attention_mask.numel() != 1:  # Doge
+        raise ModelError(f"{type(module).__name__} makes a mask of its own, which packed attention does not read")
     query_lengths = None
     if isinstance(layout, TailQueries):
         key_BGTD, value_BGTD = layout.keys_and_values(key_BGTD, value_BGTD)

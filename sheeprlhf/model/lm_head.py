@@ -25,7 +25,9 @@ _CPU_CHUNK, _CHUNK = 1 << 18, 1 << 25  # logits that are worked on at a time in 
 
 def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     """The part of a causal language model that makes hidden states, and its language head."""
-    backbone, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+    backbone, head = model.base_model, model.get_output_embeddings()
+    if backbone is model:  # Llama4ForCausalLM has no attribute of the name that its class states
+        backbone = model.get_decoder()
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     softcap = getattr(config, "final_logit_softcapping", None)
@@ -216,8 +218,9 @@ def last_block_at_tails(backbone: nn.Module, layout: Any) -> Iterator[None]:
 
     GPT-2 and others expect as many positions as they were given: they get zeros for the other tokens.
 
-    Nothing changes where the tails are nearly the whole row, for a model whose last block is of another kind, and
-    under gradient checkpointing, which computes the block again after this has ended.
+    Nothing changes where the tails are nearly the whole row, for a model whose last block is of another kind or has
+    several hidden states of a token, and under gradient checkpointing, which computes the block again after this has
+    ended.
     """
     block, few = _last_block(backbone), 8 * len(layout.tail_index) <= 7 * layout.num_tokens
     if block is None or not few or getattr(backbone, "is_activation_checkpointing", False):
@@ -226,6 +229,8 @@ def last_block_at_tails(backbone: nn.Module, layout: Any) -> Iterator[None]:
     own_forward, fills_row = block.forward, hasattr(backbone, "h")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if args[0].dim() != 3:  # several hidden states of each token, the first dimension (Gemma 3n)
+            return own_forward(*args, **kwargs)
         kwargs["layout"] = TailQueries(layout)
         with _zeros_from(block, "q_proj"), suppress(KeysStored):
             own_forward(*args, **kwargs)

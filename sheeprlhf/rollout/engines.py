@@ -30,7 +30,7 @@ from transformers import (
 from sheeprlhf.config.command_words import shell_word
 from sheeprlhf.model.attention import no_router_logits
 from sheeprlhf.model.folder.architecture import outgrows_cache
-from sheeprlhf.rollout.padded_decoders import unpacked_decoder
+from sheeprlhf.rollout.padded_decoders import PaddedDecoder, unpacked_decoder
 from sheeprlhf.rollout.sampler import Sampled, prompt_groups, sampled_by_prompt
 from sheeprlhf.structure.run import GenConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
@@ -285,15 +285,24 @@ def generate_ids(
     """Generate tokens after each prompt (P_i,), up to and including an end token, or `cfg.max_new_tokens`.
 
     Where one of the stop strings ended one, special tokens may follow until the others have ended. The random numbers
-    are torch's; the caller isolates them.
+    are torch's; the caller isolates them. Prompts of different lengths are generated after together, unless padding or
+    a cache would change the model's outputs.
     """
     settings = generation_config(cfg, tokenizer)
     undefined = undefined_ids(tokenizer, model.get_output_embeddings().weight.shape[0])
-    settings.use_cache = not outgrows_cache(model, map(len, prompts), cfg.max_new_tokens)
     settings.suppress_tokens = None if undefined is None else undefined.tolist()
+    results: dict[int, np.ndarray] = {}
     with eval_mode(model), own_settings(model, settings):
-        new_BN = _generate(model, prompts, settings, stop or None)
-    return [_to_end(row, settings.eos_token_id) for row in new_BN.cpu().numpy()]
+        may_pad = isinstance(unpacked_decoder(model), PaddedDecoder)
+        settings.use_cache = may_pad and not outgrows_cache(model, map(len, prompts), cfg.max_new_tokens)
+        by_length: dict[int, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            by_length.setdefault(0 if may_pad else len(prompt), []).append(index)
+        for group in by_length.values():
+            new_BN = _generate(model, [prompts[index] for index in group], settings, stop or None)
+            rows = [_to_end(row, settings.eos_token_id) for row in new_BN.cpu().numpy()]
+            results |= zip(group, rows, strict=True)
+    return [results[index] for index in range(len(prompts))]
 
 
 def without_undefined(logits: Tensor, undefined_U: Tensor | None) -> Tensor:

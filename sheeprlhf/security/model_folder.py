@@ -46,7 +46,7 @@ _PICKLED_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.bin")
 _TEMPLATE_FILE = re.compile(r"[A-Za-z0-9_-]{1,64}\.jinja")
 _ATTENTION = re.compile(r"[a-z0-9_|]{1,40}")
 _DTYPE = re.compile(r"(?:torch\.)?(?:auto|half|double|b?float\w{1,20}|u?int\d+)")
-_TOKENIZER_CLASS = re.compile(r"[A-Za-z0-9]{0,60}Tokenizer(?:Fast)?|TokenizersBackend")
+_TOKENIZER_CLASS = re.compile(r"[A-Za-z0-9_]{0,60}Tokenizer(?:Fast)?|TokenizersBackend")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTHS = ("vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size", "ffn_dim", "max_position_embeddings")
 

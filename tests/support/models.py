@@ -59,6 +59,20 @@ ARCHITECTURES = {
     ),
 }
 _GEMMA = _LLAMA | dict(head_dim=8, query_pre_attn_scalar=8)
+_LATENT = dict(
+    num_key_value_heads=4,
+    kv_lora_rank=8,
+    q_lora_rank=8,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=4,
+    v_head_dim=6,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    moe_intermediate_size=8,
+    first_k_dense_replace=1,
+)
 FAMILIES = {  # more that are packed: windows, soft caps, attention sinks, scaled logits
     "qwen2": _LLAMA,
     "olmo2": _LLAMA,
@@ -89,21 +103,19 @@ FAMILIES = {  # more that are packed: windows, soft caps, attention sinks, scale
         sliding_window=16,
     ),
     "mistral (window)": _LLAMA | dict(sliding_window=16),
-    "deepseek_v3": _LLAMA  # caches what keys and values are computed of
+    "gemma3n_text": _GEMMA  # has several hidden states of a token; the last layers have the keys of earlier ones
     | dict(
-        num_key_value_heads=4,
-        kv_lora_rank=8,
-        q_lora_rank=8,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=4,
-        v_head_dim=6,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        moe_intermediate_size=8,
-        first_k_dense_replace=1,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=16,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=2,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
     ),
+    "deepseek_v3": _LLAMA | _LATENT,  # caches what keys and values are computed of
 }
 UNPACKED = {  # architectures whose batches are padded: attention that cannot be replaced, recurrent layers
     "gpt_neo": dict(
@@ -136,6 +148,21 @@ UNPACKED = {  # architectures whose batches are padded: attention that cannot be
             original_max_position_embeddings=16,
         ),
     ),
+    "deepseek_v32": _LLAMA | _LATENT | dict(index_topk=8, index_head_dim=8, index_n_heads=16),  # reads chosen keys
+    "doge": _LLAMA | dict(head_dim=4),  # makes a mask
+    "llama4_text": _LLAMA  # its class states a wrong name of the backbone; queries are scaled by place
+    | dict(
+        head_dim=8,
+        intermediate_size_mlp=32,
+        num_local_experts=4,
+        layer_types=["chunked_attention", "full_attention"],
+        attention_chunk_size=64,
+        no_rope_layers=[1, 0],
+        floor_scale=4,
+    ),
+    "minimax": _LLAMA  # its linear layers read padding on the left
+    | dict(head_dim=8, num_local_experts=4, layer_types=["linear_attention", "full_attention"], block_size=16),
+    "mpt": dict(d_model=16, n_layers=2, n_heads=4, max_seq_len=128, expansion_ratio=2),
     "mamba": dict(hidden_size=16, state_size=4, num_hidden_layers=2),
     "lfm2": _LLAMA | dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
 }

@@ -52,12 +52,9 @@ def packing_limit(model: PreTrainedModel, longest: int) -> str:
         longest: tokens of the longest row.
     """
     name, config = type(model).__name__, model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    others = sorted(kinds - set(_PACKABLE))
-    if others:
-        return f"{name} has layers of {', '.join(others)}, in which packed rows would read each other"
-    if is_recurrent(model):
-        return f"{name} has recurrent or convolutional layers, in which packed rows would read each other"
+    layers = unpackable_layers(model)
+    if layers:
+        return layers
     if not uses_packed_attention(model):
         if model._can_set_attn_implementation():
             return f"model.attn_implementation={config._attn_implementation} computes padded batches"
@@ -66,8 +63,28 @@ def packing_limit(model: PreTrainedModel, longest: int) -> str:
     if switch is not None and longest > switch:
         return f"{name} has other rotary embeddings beyond {switch} tokens, the data is up to {longest} long"
     computed = ("sliding_attention",) if _passes_window(model) else ()
-    window = min(_windows(config, kinds, computed), default=longest)
+    window = min(_windows(config, _layer_kinds(config), computed), default=longest)
     return f"{name} sees {window} tokens back, the data is up to {longest} long" if window < longest else ""
+
+
+def unpackable_layers(model: PreTrainedModel) -> str:
+    """The reason that a model's layers exclude packed rows of any length; empty if none.
+
+    Their code may compute something else with `packed_attention`: DeepSeek V3.2 would not choose keys.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    others = sorted(_layer_kinds(config) - set(_PACKABLE))
+    if others:
+        return f"{name} has layers of {', '.join(others)}, in which packed rows would read each other"
+    if is_recurrent(model):
+        return f"{name} has recurrent or convolutional layers, in which packed rows would read each other"
+    if getattr(config, "attn_temperature_tuning", False):  # Llama 4 scales queries by the place in the whole row
+        return f"{name} scales its attention by the places of tokens in a whole batch"
+    return ""
+
+
+def _layer_kinds(config: Any) -> set[str]:
+    return set(getattr(config, "layer_types", None) or ())
 
 
 def _passes_window(model: PreTrainedModel) -> bool:

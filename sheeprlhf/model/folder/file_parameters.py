@@ -127,5 +127,5 @@ def weights_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(content(tensor).cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
+        digest.update(content(tensor).cpu().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()

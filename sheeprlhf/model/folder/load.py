@@ -23,7 +23,12 @@ from sheeprlhf.config.path_checks import is_template_file
 from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.model.attention import register, use_packed_attention
 from sheeprlhf.model.folder.account import HEAD
-from sheeprlhf.model.folder.architecture import has_other_parts, num_positions_of, use_frequencies_of_rows
+from sheeprlhf.model.folder.architecture import (
+    has_other_parts,
+    num_positions_of,
+    unpackable_layers,
+    use_frequencies_of_rows,
+)
 from sheeprlhf.model.folder.embedding_rows import add_rows, too_few_rows
 from sheeprlhf.model.folder.quantize import keep_quantization
 from sheeprlhf.model.folder.weights import find_files, find_weights, from_checked_files, read_config, read_model
@@ -123,7 +128,7 @@ def load_causal_lm(
         raise too_few_rows(cfg, vocabulary, rows, auto)
     replace_rms_norms(model)
     use_frequencies_of_rows(model)
-    if cfg.attn_implementation is None:
+    if cfg.attn_implementation is None and not unpackable_layers(model):
         use_packed_attention(model)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -155,7 +160,7 @@ def _zero_dropout(config: Any) -> None:
     """
     for key, value in vars(config).items():
         if _DROPOUT_KEY.search(key) and isinstance(value, float | int) and not isinstance(value, bool):
-            setattr(config, key, 0.0)
+            setattr(config, key, type(value)())  # 0, in the type that the config checks
     for name in getattr(config, "sub_configs", {}):
         if getattr(config, name, None) is not None:
             _zero_dropout(getattr(config, name))

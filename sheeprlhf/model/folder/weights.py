@@ -12,7 +12,13 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from sheeprlhf.model.folder.account import HEAD, SCORE_BIAS, Account, account_for, account_from_headers
 from sheeprlhf.model.folder.architecture import num_positions_of
@@ -172,14 +178,39 @@ def _check_account(cfg: ModelConfig, account: Account) -> None:
 
 
 def read_config(cfg: ModelConfig, files: ModelFiles, auto: Any) -> Any:
-    """The model's config.json as transformers reads it; that of a reward model has one label."""
+    """The model's config.json as transformers reads it; that of a reward model has one label.
+
+    Of a model of text and images it is the part of the text, where transformers loads that part alone.
+    """
     try:
         config = AutoConfig.from_pretrained(files.source, **files.options)
     except LOADING_ERRORS as error:
         raise unloadable(cfg, error) from error
     if auto is AutoModelForSequenceClassification:
         _check_single_label(cfg, files, config)
+    model_class = auto._model_mapping.get(type(config), None)
+    text_class = config.sub_configs.get("text_config")
+    if text_class is not None and getattr(model_class, "config_class", None) is text_class:
+        config = config.get_text_config()
+    if auto is AutoModelForCausalLM:
+        _check_causal(cfg, config)
     return config
+
+
+def _check_causal(cfg: ModelConfig, config: Any) -> None:
+    """Raises ModelError for a model that is an encoder or has one, or of which transformers has no language model."""
+    given = f"model.repo_name={cfg.repo_name}: its type in config.json is {config.model_type}"
+    if type(config) not in AutoModelForCausalLM._model_mapping and not getattr(config, "auto_map", None):
+        raise ModelError(
+            f"{given}, of which transformers has no causal language model (AutoModelForCausalLM): give a model of text "
+            "alone, or of another architecture"
+        )
+    is_encoder = type(config) in AutoModelForMaskedLM._model_mapping or config.model_type in ("cpmant", "xlnet")
+    if is_encoder or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{given}, whose tokens see those behind them, or an encoder does: give a causal language model, which is "
+            "a decoder alone"
+        )
 
 
 def _class_of(cfg: ModelConfig, config: Any, auto: Any) -> type[PreTrainedModel]:

@@ -160,7 +160,7 @@ def test_dynamic_rotary_embeddings_are_the_same_for_all_rows_that_a_model_reads(
         policy_of(folder, longest=41)
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *UNPACKED, *EXPERTS, "gemma2", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *UNPACKED, *EXPERTS, "gemma2", "gemma3n_text", "gpt_oss"])
 def test_what_is_written_is_that_of_an_argmax_loop(architecture: str, model_folder: ModelFolder) -> None:
     """By every way to write; prompts of different lengths, responses beyond all windows."""
     folder = model_folder(architecture)

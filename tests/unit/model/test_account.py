@@ -11,16 +11,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+)
 
 from sheeprlhf.agent.reward import load_reward_model
 from sheeprlhf.data.example import Example, collate_padded
 from sheeprlhf.model.folder.file_parameters import FileParameter, content, drop_placeholders
 from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
-from sheeprlhf.model.folder.weights import check_weights
+from sheeprlhf.model.folder.weights import check_weights, num_positions
 from sheeprlhf.structure.model import AutoModelConfig, HuggingFaceConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
-from tests.support.models import PAD, VOCAB, ModelFolder, byte_tokenizer, make_model_folder
+from tests.support.models import PAD, UNPACKED, VOCAB, ModelFolder, byte_tokenizer, make_model_folder
 
 WEIGHTS = "model.safetensors"
 
@@ -125,6 +130,37 @@ def test_a_tensor_of_a_layer_without_a_place_for_it_is_named(
     """The configuration is not that of the weights: they would compute something else."""
     found = messages(spoilt(model_folder(), tmp_path / "model", add={name: torch.ones(16)}))
     assert len(found) == 2 and all(name in text for text in found)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "bart", "xlnet", "t5", "qwen2_vl"])
+def test_what_is_no_causal_language_model_is_rejected_by_its_configuration(
+    architecture: str, tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    folder = spoilt(model_folder(), tmp_path / "model")
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "d_model": 16, "n_layer": 2, "n_head": 4}
+    AutoConfig.for_model(architecture, **sizes if architecture in ("bert", "xlnet") else {}).save_pretrained(folder)
+    said = messages(folder)
+    assert len(said) == 2 and all(architecture in line and f"model.repo_name={folder}" in line for line in said)
+
+
+def test_the_text_of_a_model_that_also_reads_images_is_loaded_alone(tmp_path: Path) -> None:
+    """Its configuration has that of the text inside, with the number of positions."""
+    torch.manual_seed(0)
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 16}
+    text = UNPACKED["qwen3_5_text"] | {"vocab_size": VOCAB, "max_position_embeddings": 64}
+    config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision | {"num_position_embeddings": 16})
+    whole = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    whole.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    cfg, ids = ModelConfig(config_name="auto", repo_name=str(tmp_path)), torch.arange(30)[None]
+    assert check_weights(cfg) == "" and num_positions(cfg) == 64
+    model, in_files = (load_causal_lm(cfg, vocabulary=VOCAB, longest=64, in_files=kept) for kept in (False, True))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids).logits, whole(ids).logits, rtol=0, atol=1e-6)
+    for weight, kept in zip(model.parameters(), in_files.parameters(), strict=True):
+        assert isinstance(kept, FileParameter) and torch.equal(content(kept), weight)
+    with pytest.raises(ModelError, match=r"data\.max_length=64"):
+        load_causal_lm(cfg, vocabulary=VOCAB, longest=65)
 
 
 @pytest.mark.parametrize("name", ["w1", "w2"])

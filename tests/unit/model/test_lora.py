@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -76,6 +77,20 @@ def test_adapters_are_float32_on_a_half_precision_model(model_folder: ModelFolde
     model = adapted(model_folder(), dtype="bfloat16")
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16), name
+
+
+@pytest.mark.parametrize(("architecture", "left_out"), [("mamba", "out_proj"), ("llama4_text", "router")])
+def test_all_linear_leaves_out_layers_that_peft_does_not_adapt(
+    architecture: str, left_out: str, model_folder: ModelFolder
+) -> None:
+    model = adapted(model_folder(architecture))
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert left_out in linear and left_out not in adapted_layers(model) and "lm_head" not in adapted_layers(model)
+    perturb(model)
+    with torch.no_grad():
+        adapted_logits = model(input_ids=IDS).logits
+        with model.disable_adapter():
+            assert not torch.equal(adapted_logits, model(input_ids=IDS).logits)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "phi", "falcon"])

@@ -148,6 +148,7 @@ def test_digest_tells_weights_names_and_types_apart() -> None:
 
     one = torch.ones(4)
     different = [digest(a=one), digest(b=one), digest(a=one * 2), digest(a=one.bfloat16()), digest(a=one.view(2, 2))]
+    different += [digest(a=torch.tensor(1.0)), digest(a=torch.tensor(2.0))]
     assert len(set(different)) == len(different)
     assert digest(a=one) == digest(a=one.clone())
 
