@@ -22,7 +22,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
         "tests/unit/agent/test_policy.py",
     ),
     "sheeprlhf.model.attention": ("tests/unit/model/test_attention.py", "tests/unit/rollout/test_sampler.py"),
-    "sheeprlhf.rollout.sampler": ("tests/unit/rollout/test_sampler.py",),
+    "sheeprlhf.rollout.sampler": ("tests/unit/rollout/test_sampler.py", "tests/unit/rollout/test_generate.py"),
     "sheeprlhf.rollout.engines": ("tests/unit/rollout/test_sampler.py", "tests/unit/rollout/test_engines.py"),
     "sheeprlhf.agent.policy": ("tests/unit/agent/test_policy.py", "tests/parity/test_packed_equals_padded.py"),
     "sheeprlhf.reward.functions": ("tests/unit/reward/test_functions.py",),

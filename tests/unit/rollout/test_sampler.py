@@ -51,6 +51,16 @@ def sample(model: PreTrainedModel, indices: Any = slice(None), **options: Any) -
     return sample_responses(model, **settings | options)
 
 
+def likeliest(weights: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """Probabilities of the k likeliest tokens, of these the fewest that have top_p of their probability together."""
+    order = np.argsort(-weights)[: top_k or None]
+    shares = np.cumsum(weights[order] / weights[order].sum())
+    kept = order[: int(np.searchsorted(shares, top_p)) + 1] if top_p < 1 else order
+    result = np.zeros_like(weights)
+    result[kept] = weights[kept] / weights[kept].sum()
+    return result
+
+
 @torch.no_grad()
 def assert_by_definition(
     model: Any,
@@ -60,6 +70,9 @@ def assert_by_definition(
     temperature: float = 1.0,
     end_ids: Sequence[int] = (EOS,),
     stop: Stop = lambda _: False,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    undefined: Sequence[int] = (),
 ) -> None:
     """Every token against a plain forward pass of its prompt and response alone, in numpy's float64."""
     model.eval()
@@ -68,8 +81,8 @@ def assert_by_definition(
             assert ids.dtype == np.int32 and logprobs.dtype == np.float32
             whole = torch.from_numpy(np.concatenate([prompt, ids]).astype(np.int64))[None]
             logits = model(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1].double().numpy()
-            weights = np.exp(logits / temperature)
-            probabilities = weights / weights.sum(axis=1, keepdims=True)
+            logits[:, list(undefined)] = -np.inf
+            probabilities = np.stack([likeliest(row, top_k, top_p) for row in np.exp(logits / temperature)])
             expected = [
                 np.flatnonzero(row.cumsum() > uniform)[0]
                 for row, uniform in zip(probabilities, uniforms_N, strict=False)
@@ -108,6 +121,14 @@ def test_it_is_a_loop_without_cache_batch_or_padding(
     sampled = sample(model.train(), temperature=temperature, packed=packed)
     assert len({tuple(ids) for found in sampled for ids in found.responses}) == 13  # three are one and the same
     assert_by_definition(model, sampled, temperature=temperature)
+
+
+def test_only_allowed_tokens_are_sampled(model_folder: ModelFolder) -> None:
+    """Temperature, the likeliest tokens and undefined ids reach every draw, also where prompts come one by one."""
+    model, limits = load(model_folder()), {"temperature": 1.4, "top_k": 40, "top_p": 0.8}
+    undefined = list(range(0, VOCAB, 2))
+    options: dict[str, Any] = limits | {"undefined_U": torch.tensor(undefined)}
+    assert_by_definition(model, sample(model, max_prompts=1, **options), undefined=undefined, **limits)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -268,16 +289,10 @@ def test_draw_of_logits_that_are_not_finite_gives_a_token_and_says_so(top_k: int
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (3, 1.0), (0, 0.7), (4, 0.8), (50, 0.999)])
 def test_only_the_likeliest_are_drawn(top_k: int, top_p: float) -> None:
-    """Against the definition: the k likeliest, of these the fewest that have top_p of their probability together."""
     rng = np.random.default_rng(top_k)
     for _ in range(20):
         logits = rng.normal(0, 2, 9)
-        probs = np.exp(logits / 0.8) / np.exp(logits / 0.8).sum()
-        likeliest = np.argsort(-probs)[: top_k or 9]
-        shares = np.cumsum(probs[likeliest] / probs[likeliest].sum())
-        kept = np.zeros(9)
-        allowed = likeliest[: int(np.searchsorted(shares, top_p)) + 1] if top_p < 1 else likeliest
-        kept[allowed] = probs[allowed] / probs[allowed].sum()
+        kept = likeliest(np.exp(logits / 0.8), top_k, top_p)
         uniforms = rng.random(40)
         ids, logprobs = draw(torch.tensor(logits).expand(40, -1), torch.from_numpy(uniforms), 0.8, top_k, top_p)
         expected = np.searchsorted(np.cumsum(kept), uniforms * kept.sum(), side="right")
