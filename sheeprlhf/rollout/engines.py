@@ -6,7 +6,7 @@ does. It seeds torch's generator with the first number of the prompts that it sa
 Letters: P prompts, K responses of each, N most new tokens, B rows, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Any, cast
@@ -131,12 +131,14 @@ def transformers_responses(
     packed: bool = True,
     undefined_U: Tensor | None = None,
 ) -> list[Sampled]:
-    """`sample_responses` by transformers' `generate` on prompts padded on the left, cut where they ended."""
+    """`sample_responses` by transformers' `generate`; prompts are padded on the left, if the model permits it."""
     num_responses, num_new = uniforms.shape[1:]
-    settings = _settings(num_responses, num_new, temperature, end_ids)
+    settings, lengths = _settings(num_responses, num_new, temperature, end_ids), [len(one) for one in prompts]
     results: dict[int, Sampled] = {}
     with eval_mode(model), own_settings(model, settings):
-        for group in prompt_groups([len(one) for one in prompts], num_responses, num_new, token_budget, shared=False):
+        settings.use_cache = may_pad = isinstance(unpacked_decoder(model), PaddedDecoder)
+        groups = prompt_groups(lengths, num_responses, num_new, token_budget, shared=False)
+        for group in _groups_to_pad(groups, lengths, may_pad):
             recorder = LogprobRecorder(temperature, undefined_U)
             with _seeded(uniforms[group[0]], model.device):
                 new_BN = _generate(model, [prompts[index] for index in group], settings, stop, recorder)
@@ -145,6 +147,15 @@ def transformers_responses(
             results |= zip(group, sampled_by_prompt(ended, num_responses), strict=True)
             progress(len(ended))
     return [results[index] for index in range(len(prompts))]
+
+
+def _groups_to_pad(groups: Iterable[list[int]], lengths: Sequence[int], may_pad: bool) -> Iterator[list[int]]:
+    """Cut groups of prompts so that those of a group may be padded to one length: as they are, or of equal length."""
+    for group in groups:
+        of_length: dict[int, list[int]] = {}
+        for index in group:
+            of_length.setdefault(0 if may_pad else lengths[index], []).append(index)
+        yield from of_length.values()
 
 
 def _generate(
@@ -292,13 +303,11 @@ def generate_ids(
     undefined = undefined_ids(tokenizer, model.get_output_embeddings().weight.shape[0])
     settings.suppress_tokens = None if undefined is None else undefined.tolist()
     results: dict[int, np.ndarray] = {}
+    lengths = [len(prompt) for prompt in prompts]
     with eval_mode(model), own_settings(model, settings):
         may_pad = isinstance(unpacked_decoder(model), PaddedDecoder)
-        settings.use_cache = may_pad and not outgrows_cache(model, map(len, prompts), cfg.max_new_tokens)
-        by_length: dict[int, list[int]] = {}
-        for index, prompt in enumerate(prompts):
-            by_length.setdefault(0 if may_pad else len(prompt), []).append(index)
-        for group in by_length.values():
+        settings.use_cache = may_pad and not outgrows_cache(model, lengths, cfg.max_new_tokens)
+        for group in _groups_to_pad([list(range(len(prompts)))], lengths, may_pad):
             new_BN = _generate(model, [prompts[index] for index in group], settings, stop or None)
             rows = [_to_end(row, settings.eos_token_id) for row in new_BN.cpu().numpy()]
             results |= zip(group, rows, strict=True)

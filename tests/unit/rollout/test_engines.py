@@ -14,8 +14,6 @@ import torch
 from numpy.testing import assert_allclose
 from transformers import PreTrainedModel
 
-from sheeprlhf.agent.policy import Policy
-from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.model.folder.load import load_causal_lm
 from sheeprlhf.rollout.sampler import Sampled, engine_of
 from sheeprlhf.structure.model import ModelConfig
@@ -41,7 +39,7 @@ def sample(name: str, model: PreTrainedModel, **given: Any) -> list[Sampled]:
     return engine_of(name)(model, **settings | given)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "minimax"])  # minimax reads padding on the left
 def test_log_probabilities_are_those_of_the_training_forward(architecture: str, model_folder: ModelFolder) -> None:
     """Of every token, at the temperature; flags and generators are left as they were."""
     model = load(model_folder(architecture))
@@ -54,13 +52,15 @@ def test_log_probabilities_are_those_of_the_training_forward(architecture: str, 
     assert all(module.training for module in model.modules()) and model.config._attn_implementation == attention
     assert [len(one.responses) for one in sampled] == [4, 4, 4]
     assert len({tuple(ids) for one in sampled for ids in one.responses}) > 10
-    policy = Policy(model.eval())
+    model.eval()
     for prompt, one in zip(PROMPTS, sampled, strict=True):
         for ids, logprobs, finished in zip(*one, strict=True):
             assert ids.dtype == np.int32 and logprobs.dtype == np.float32
             assert finished == (ids[-1] == EOS) and EOS not in ids[:-1] and (finished or len(ids) == 7)
+            whole = torch.from_numpy(np.concatenate([prompt, ids]).astype(np.int64))[None]
             with torch.no_grad():
-                expected = policy(collate_packed([Example(0, prompt, (ids,))]), temperature=0.7).target_N
+                logits_NV = model(whole, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            expected = (logits_NV / 0.7).log_softmax(dim=-1)[range(len(ids)), torch.from_numpy(ids).long()]
             assert_allclose(logprobs, expected.numpy(), rtol=0, atol=1e-5)
 
 
