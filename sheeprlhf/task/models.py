@@ -247,8 +247,11 @@ def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int
         configured_router_loss(policy.causal_lm(), task.config_name, run.say)
     rewards = _load_rewards(run, tokenizer, policy, longest=longest, data=data)
     teacher = _load_teacher(str(task.teacher), tokenizer, how) if isinstance(task, DistillConfig) else None
-    pack_alike([policy, teacher, *(term.model for term in rewards.values() if term.exchange is None)])
     critic = _make_critic(run, tokenizer, policy, rewards) if isinstance(task, PPOConfig) else None
+    pack_alike([policy, teacher, critic, *(term.model for term in rewards.values() if term.exchange is None)])
+    for term in rewards.values():
+        if term.exchange is not None and isinstance(term.model, RewardModel):
+            term.model.packed = False  # its rows may have any length, and every model can read padded ones
     return RLModels(policy, critic, rewards, teacher)
 
 
@@ -273,7 +276,6 @@ def _load_rewards(
             prompts = own_prompts(data, prepare) if reads_chat(cfg) else None
             exchange = TextExchange(tokenizer, own, run.say, chat=reads_chat(cfg), own_prompts=prompts)
             reward = load_separate_reward_model(cfg, own, term, longest=longest, say=run.say)
-            reward.packed = False  # its rows may have any length, and every model can read padded ones
             why = "is asked in its own chat template" if reads_chat(cfg) else "has another tokenizer"
             run.say(f"the reward model {why}: it reads prompts and responses as text")
         else:

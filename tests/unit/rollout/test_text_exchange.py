@@ -25,7 +25,7 @@ from sheeprlhf.structure.run import FabricConfig
 from sheeprlhf.utils.errors import ModelError, RewardError
 from tests.e2e.test_best_of_n import words as best_of_n_words
 from tests.support.models import BOS, EOS, ModelFolder, byte_tokenizer, make_model_folder
-from tests.support.runs import train_words, write_rows
+from tests.support.runs import figures, train, train_words, write_rows
 
 PROMPTS = ("what is it?", "a b\n")
 RESPONSES = ("it's a cat", "\u00e9\u00e9", "", "no")
@@ -217,6 +217,24 @@ def test_scores_in_the_chat_template(judge: Path, tmp_path: Path) -> None:
     assert reader.decode(ids).endswith(" at <end> at<end>\n")
     with pytest.raises(ModelError, match=r"reward\.template=plain"):
         TextExchange(byte_tokenizer(), load_tokenizer(AutoModelConfig(repo_name=str(judge))), print, chat=True)
+
+
+def test_a_critic_that_cannot_be_packed_learns_of_padded_batches(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """It begins as a falcon that reads chat; the policy, which could be packed, shares its batches."""
+    scores = make_model_folder(tmp_path / "scores", "falcon", scores=True)
+    reward = ["reward=model", f"reward.folder={with_template(scores, tmp_path / 'chat')}", "reward.template=chat"]
+    more = [
+        "task.init_critic_with_reward=true",
+        "task.max_num_steps=2",
+        "task.rollout_size=8",
+        "task.mini_batch_size=8",
+    ]
+    rows, found = write_rows(tmp_path / "rows.jsonl", 8), []
+    for batching in ("auto", "padded"):
+        batched = [*more, f"task.batching={batching}"]
+        run_dir = train(model_folder(), rows, tmp_path / batching, *reward, *batched, task="ppo")
+        found.append(figures(run_dir)["loss/value"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["text", pytest.param("messages", marks=pytest.mark.nightly)])
