@@ -72,8 +72,8 @@ def with_mean_ratio(logprobs_N: Tensor, old_N: Tensor, index_N: Tensor, lengths_
     return logprobs_N - logprobs_N.detach() + old_N + mean_S[index_N]
 
 
-def sequence_policy_losses(sums_S: Tensor, old_S: Tensor, advantages_S: Tensor, *, clip: float | None) -> Tensor:
-    """RLOO (arXiv 2402.14740) with one ratio for a whole response: -A r, clipped as PPO's if asked.
+def sequence_policy_losses(sums_S: Tensor, old_S: Tensor, advantages_S: Tensor, *, clip: float) -> Tensor:
+    """RLOO (arXiv 2402.14740) with one ratio for a whole response: -A r, clipped as PPO's.
 
     r = exp(lp(y) - lp_old(y)). While the policy is still the one that sampled, the gradient is that of -A lp(y).
 
@@ -81,13 +81,11 @@ def sequence_policy_losses(sums_S: Tensor, old_S: Tensor, advantages_S: Tensor, 
         sums_S: (S,) log-probabilities of whole responses, SUMS over tokens, nats, with their gradient.
         old_S: (S,) those by the policy that sampled them, without.
         advantages_S: (S,) advantages, without.
-        clip: how far the ratio may be from 1 (TRL 1.16: 0.2); None does not clip.
+        clip: how far the ratio may be from 1 (TRL 1.16: 0.2).
 
     Returns:
         (S,) losses.
     """
-    if clip is None:
-        return -advantages_S * _ratio(sums_S, old_S)
     return policy_losses(sums_S, old_S, advantages_S, clip_low=clip, clip_high=clip)
 
 

@@ -70,15 +70,12 @@ def test_policy_losses_are_the_definition() -> None:
         arguments = (row(*new), row(*old), row(*advantages))
         assert_close(policy_losses(*arguments, clip_low=low, clip_high=high), row(*expected), **EXACT)
         assert ratio_metrics(*arguments, low, high)["clipfrac"].tolist() == clipped
-        for clip in (None, low):
-            losses_S = sequence_policy_losses(*arguments, clip=clip)
-            whole = [-a * math.exp(n - o) for n, o, a in zip(new, old, advantages, strict=True)]
-            symmetric = policy_losses(*arguments, clip_low=low, clip_high=low)
-            assert_close(losses_S, row(*whole) if clip is None else symmetric, **EXACT)
+        symmetric = policy_losses(*arguments, clip_low=low, clip_high=low)
+        assert_close(sequence_policy_losses(*arguments, clip=low), symmetric, **EXACT)
 
 
 def test_at_ratio_one_the_gradient_is_reinforces() -> None:
-    """That of -A log p, of each token or of each whole response, clipped or not; nothing is clipped or diverged."""
+    """That of -A log p, of each token or of each whole response; nothing is clipped or diverged."""
     torch.manual_seed(0)
     advantages_N = torch.randn(50, dtype=torch.float64)
     logprobs_N = torch.randn(50, dtype=torch.float64).requires_grad_()
@@ -86,7 +83,6 @@ def test_at_ratio_one_the_gradient_is_reinforces() -> None:
     for losses_N in (
         policy_losses(logprobs_N, old_N, advantages_N, clip_low=0.2, clip_high=0.2),
         sequence_policy_losses(logprobs_N, old_N, advantages_N, clip=0.2),
-        sequence_policy_losses(logprobs_N, old_N, advantages_N, clip=None),
     ):
         [gradient_N] = torch.autograd.grad(losses_N.sum(), logprobs_N)
         assert_close(gradient_N, -advantages_N, rtol=0, atol=0)
@@ -101,7 +97,6 @@ def test_a_whole_response_has_one_ratio() -> None:
     sums_S = tokens_N.sum(0, keepdim=True)
     losses_S = sequence_policy_losses(sums_S, row(0.0), row(3.0), clip=0.2)
     assert_close(losses_S.detach(), row(-3.6), **EXACT)
-    assert_close(sequence_policy_losses(sums_S, row(0.0), row(3.0), clip=None).detach(), row(-3.63), **EXACT)
     losses_S.sum().backward()
     assert tokens_N.grad is not None and not tokens_N.grad.any()
 
@@ -112,7 +107,7 @@ def test_no_ratio_overflows() -> None:
     arguments = (logprobs_N, torch.full((3,), -200.0), torch.tensor([0.0, 1.0, -1.0]))
     for losses_N in (
         policy_losses(*arguments, clip_low=0.2, clip_high=0.2),
-        sequence_policy_losses(*arguments, clip=None),
+        sequence_policy_losses(*arguments, clip=0.2),
     ):
         [gradient_N] = torch.autograd.grad(losses_N.sum(), logprobs_N)
         assert losses_N.isfinite().all() and gradient_N.isfinite().all()
