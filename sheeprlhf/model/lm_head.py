@@ -58,7 +58,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probabilities of the N targets of a batch, float32, in nats; None for what was not asked for."""
+    """Log-probabilities of the N targets of a batch, float32 or float64, in nats; None for what was not asked for."""
 
     target_N: Tensor  # of the target token itself
     mean_N: Tensor | None  # averaged over the vocabulary (label smoothing)
@@ -149,7 +149,7 @@ def logprobs_from_logits(
     temperature: float = 1.0,
     undefined_U: Tensor | None = None,
 ) -> TokenLogprobs:
-    """Log-probabilities of targets, in float32 whatever the logits' type; options as of `LogprobOptions`.
+    """Log-probabilities of targets, in float32 (of float64 logits in float64); options as of `LogprobOptions`.
 
     `logits_RV` are consumed: they are divided by the temperature in place, and the backward pass writes their gradient
     over them. Row `index_N` of them predicts target n; rows may repeat.
@@ -163,7 +163,7 @@ def logprobs_from_logits(
         parts = [at_least_float32(part) for part in logits_RV.detach().split(_chunk_rows(logits_RV))]
         squares_N = torch.cat([(2 * part).logsumexp(-1) - 2 * part.logsumexp(-1) for part in parts])[index_N]
     if not logits_RV.requires_grad:  # no gradient: nothing to save
-        logprobs_RV = logits_RV.float().log_softmax(dim=-1)
+        logprobs_RV = at_least_float32(logits_RV).log_softmax(dim=-1)
         mean_N, entropy_N = logprobs_RV.mean(dim=-1)[index_N] if mean else None, None
         if entropy:
             parts = logprobs_RV.split(_chunk_rows(logprobs_RV))

@@ -122,6 +122,18 @@ def test_the_gradient_of_half_precision_logits_is_rounded_once(monkeypatch: pyte
     assert_close(leaf.grad, exact.grad.bfloat16(), rtol=8e-3, atol=0)
 
 
+def test_float64_logits_have_equal_logprobs_with_and_without_gradient() -> None:
+    torch.manual_seed(0)
+    logits_RV = torch.randn(3, 7, dtype=torch.float64)
+    index_N, ids_N = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 3, 6, 1])
+    expected_N = logits_RV.log_softmax(-1)[index_N, ids_N]
+    for requires_grad in (False, True):
+        leaf = logits_RV.clone().requires_grad_(requires_grad)
+        found = logprobs_from_logits(leaf * 1.0, index_N, ids_N, mean=True, entropy=True)
+        assert found.mean_N.dtype == found.entropy_N.dtype == torch.float64
+        assert_close(found.target_N.detach(), expected_N, rtol=0, atol=1e-14)
+
+
 def test_no_gradient_no_saved_logits() -> None:
     with torch.no_grad():
         logprobs = logprobs_from_logits(torch.zeros(2, 4), torch.tensor([1]), torch.tensor([3]), mean=True)
