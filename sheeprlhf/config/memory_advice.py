@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sheeprlhf.config.command_words import option_word, shell_word
+from sheeprlhf.config.processes import rows_of_pass
 from sheeprlhf.config.registry import NOT_IN_HASH, replace_options
 from sheeprlhf.config.validate import contradictions
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
@@ -56,8 +57,7 @@ def _alternatives(changes: list[Change]) -> str:
 def _smaller_forward(config: TrainConfig) -> Iterator[Change]:
     task, data = config.task, config.data
     row = task.row_tokens(data.max_length)
-    group = getattr(task, "num_generations", 1)
-    rows = max(1, min(task.micro_batch_size // group, task.mini_batch_size // group, task.token_budget // row))
+    rows = rows_of_pass(config, row)
     if rows > 1:
         yield _fewer_rows(task, rows // 2, row)
     if not config.model.gradient_checkpointing:
@@ -77,7 +77,7 @@ def _fewer_rows(task: TrainTaskConfig, rows: int, row: int) -> Change:
     halved = task.token_budget // 2
     return {
         "task.token_budget": halved if halved // row <= rows else rows * row
-    }  # task.mini_batch_size limits them, too
+    }  # task.mini_batch_size and the number of processes limit them, too
 
 
 def _smaller_model(config: TrainConfig, phase: str) -> Iterator[Change]:

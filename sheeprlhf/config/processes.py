@@ -1,6 +1,7 @@
 """Numbers of devices and machines: those that were given, and those that a launcher has started processes for."""
 
 import dataclasses
+import math
 import os
 
 from sheeprlhf.config.validate import is_plan, parse_devices
@@ -60,6 +61,23 @@ def _count(fabric: FabricConfig) -> int | None:
         return None
     devices = parse_devices(fabric.devices)
     return len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else None
+
+
+def num_processes(fabric: FabricConfig) -> int:
+    """The processes that a configuration asks for; `fabric.devices=auto` counts as one on each machine."""
+    return (fabric.num_nodes or 1) * (_count(fabric) or 1)
+
+
+def rows_of_rank(config: TrainConfig) -> int:
+    """Most rows of an optimizer step that one process computes; a group of responses is one row."""
+    rows = config.task.mini_batch_size // getattr(config.task, "num_generations", 1)
+    return math.ceil(rows * config.fabric.tensor_parallel / num_processes(config.fabric))
+
+
+def rows_of_pass(config: TrainConfig, row: int) -> int:
+    """Most rows of `row` tokens in a forward pass of an optimizer step, at least one; groups as `rows_of_rank`."""
+    most = config.task.micro_batch_size // getattr(config.task, "num_generations", 1)
+    return max(1, min(most, rows_of_rank(config), config.task.token_budget // row))
 
 
 def _launched_numbers(fabric: FabricConfig, found: Launched) -> tuple[str, int]:

@@ -44,7 +44,6 @@ from sheeprlhf.model.folder.quantize import check_quantizable, quantized_savings
 from sheeprlhf.model.lm_head import MAX_LOGITS, backbone_and_head
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import AdamW8bitConfig, OptimizerConfig, SGDConfig
-from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.processes import interrupts_wait
 
@@ -264,12 +263,6 @@ def optimizer_bytes(cfg: OptimizerConfig, size: ModelSize) -> int:
     if isinstance(cfg, AdamW8bitConfig):  # two moments of a byte, with a scale for every 256 numbers
         return size.trainable // 2 + size.trainable // 128
     return 2 * size.trainable + 4 * size.trainable_tensors  # two moments, and a count of steps per tensor
-
-
-def tokens_of_forward(task: TrainTaskConfig, row: int) -> int:
-    """Most tokens of one forward pass over rows of `row` tokens: whole rows, at least one."""
-    most = min(task.micro_batch_size, task.mini_batch_size) // getattr(task, "num_generations", 1)
-    return row * max(1, min(most, task.token_budget // row))
 
 
 def allocator_share(device: str, finetune_mode: str) -> float:

@@ -56,8 +56,8 @@ class Config:
         return self._values() == other._values() if type(self) is type(other) else NotImplemented
 
     def __hash__(self) -> int:
-        """A hash of all options, for those without lists."""
-        return hash(tuple(self._values().values()))
+        """A hash of all options."""
+        return hash(tuple(tuple(v) if isinstance(v, list) else v for v in self._values().values()))
 
     def __repr__(self) -> str:
         """The call that makes this configuration, as of other dataclasses."""

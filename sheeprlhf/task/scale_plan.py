@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sheeprlhf.config.validate import parse_devices
+from sheeprlhf.config.model_lookup import is_on_base_of, reads_chat, reward_model_source, whole_model
+from sheeprlhf.config.processes import num_processes, rows_of_pass, rows_of_rank
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.ranks import make_mesh
 from sheeprlhf.engine.shard import shard_module, sharding_options, uncut_weights
@@ -44,13 +46,13 @@ from sheeprlhf.model.memory import (
     build_on_meta,
     measure,
     plan,
-    tokens_of_forward,
 )
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.reward import model_sources
 from sheeprlhf.structure.rollout import BestOfNConfig, DistillConfig, OnlineTaskConfig, PPOConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import ClusterConfig, DoctorConfig, FabricConfig, TrainConfig
 from sheeprlhf.structure.task import DPOConfig, ILQLConfig
+from sheeprlhf.utils.errors import SheepError
 from sheeprlhf.utils.processes import interrupts_wait
 
 SHARDED = ("weights", "gradients", "optimizer", "others")  # parts of the plan that fsdp2 cuts up
@@ -78,7 +80,7 @@ def step_plan(
     )
     if isinstance(config.task, BestOfNConfig):  # it only computes forward
         parts = parts._replace(gradients=0, optimizer=0)
-    others = _others(config, size, parts.optimizer)
+    others = _others(config, size, parts.optimizer, size_of)
     if config.task.async_checkpoints and device == "cpu":  # the copy that is written
         others += size.trainable + parts.optimizer
     if isinstance(config.task, DistillConfig):
@@ -102,10 +104,11 @@ def _with_q_heads(size: ModelSize, num_heads: int) -> ModelSize:
     )
 
 
-def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:
-    """Bytes of reference, reward model, critic and average, each as large as the policy; as adapters they share a base.
+def _others(config: TrainConfig, size: ModelSize, optimizer: int, size_of: Callable[..., ModelSize]) -> int:
+    """Bytes of reference, reward models, critic and average.
 
-    Tasks with a fixed dataset have a reference model with `data.streaming` only. A teacher is counted elsewhere.
+    All but reward models are as large as the policy, or with adapters share its base. Tasks with a fixed dataset have
+    a reference model with `data.streaming` only. A teacher is counted elsewhere.
 
     Policy and critic learn one after the other, so there are gradients of one at a time.
     """
@@ -115,13 +118,33 @@ def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:
         moves = isinstance(task, DPOConfig) and task.ref_sync_interval is not None  # a copy of what trains
         kept = getattr(config.data, "streaming", False) and task.has_fixed_reference() and not is_lora
         return moves * (size.trainable if is_lora else size.weights) + kept * size.weights
-    scored = len(model_sources(config.reward, config.data.rule_reward))
+    sources = model_sources(config.reward, config.data.rule_reward)
+    scored = sum(_reward_model_bytes(config, term, size, size_of) for term in sources)
     critic = isinstance(task, PPOConfig) and not task.share_trunk
     average = isinstance(task, PPOConfig) and task.ema_decay is not None
     if config.model.finetune_mode == "LORA":
-        return size.trainable * (scored + critic + average) + optimizer * critic
+        return scored + size.trainable * (critic + average) + optimizer * critic
     reference = not isinstance(task, BestOfNConfig | DistillConfig)
-    return size.weights * (reference + scored + critic + average) + optimizer * critic
+    return scored + size.weights * (reference + critic + average) + optimizer * critic
+
+
+def _reward_model_bytes(config: TrainConfig, term: str, size: ModelSize, size_of: Callable[..., ModelSize]) -> int:
+    """Bytes of the reward model of a term: of adapters if it shares the policy's base, else of a whole model.
+
+    A model that cannot be measured is as large as the policy.
+    """
+    task = config.task
+    assert isinstance(task, OnlineTaskConfig)
+    try:
+        run_dir, _, model = reward_model_source(config, term)
+        if run_dir is not None:
+            is_lora = config.model.finetune_mode == "LORA"
+            if is_lora and not reads_chat(config) and is_on_base_of(config, model, run_dir):
+                return size.trainable
+            model = whole_model(model, Path(run_dir), task.rm_model_name) or model
+        return size_of(model, config.fabric.precision, True).weights
+    except SheepError:
+        return size.weights
 
 
 class Ranks(NamedTuple):
@@ -136,9 +159,7 @@ class Ranks(NamedTuple):
 
 def ranks_of(fabric: FabricConfig) -> Ranks:
     """The processes that a configuration asks for; `fabric.devices=auto` counts as one on each machine."""
-    devices = parse_devices(fabric.devices)
-    per_node = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
-    total = (fabric.num_nodes or 1) * per_node
+    total = num_processes(fabric)
     half, mixed = fabric.precision.endswith("16-true"), fabric.precision == "bf16-mixed"
     sharded = fabric.strategy == "fsdp2"
     return Ranks(
@@ -157,8 +178,7 @@ def computed(numbers: int, size: ModelSize, ranks: Ranks) -> int:
 
 def passes_of_rank(config: TrainConfig, size: ModelSize) -> tuple[int, int]:
     """Rows of a rank in an optimizer step, at most, and the forward and backward passes that they take."""
-    step, ranks = config.task.mini_batch_size // getattr(config.task, "num_generations", 1), ranks_of(config.fabric)
-    rows = math.ceil(step * ranks.tensor / ranks.total)
+    rows = rows_of_rank(config)
     return rows, math.ceil(rows / rows_of_forward(config, size)[0])
 
 
@@ -193,7 +213,7 @@ def _sharded(parts: MemoryPlan, config: TrainConfig, size: ModelSize, device: st
 def rows_of_forward(config: TrainConfig, size: ModelSize) -> tuple[int, int]:
     """Largest number of rows of a forward pass if all have the maximum length, and that length, in tokens."""
     row = config.task.row_tokens(min(config.data.max_length, size.positions or config.data.max_length))
-    return tokens_of_forward(config.task, row) // row, row
+    return rows_of_pass(config, row), row
 
 
 class Traffic(NamedTuple):

@@ -40,6 +40,15 @@ def test_the_option_that_limits_a_forward_pass_is_halved(task: dict[str, int], e
     assert memory_reductions(config(**task))[0] == expected
 
 
+def test_the_rows_of_a_pass_are_those_of_one_process() -> None:
+    """Of eight rows on four processes, each has two; on eight processes one, so that only shorter rows help."""
+    several = replace(config(mini_batch_size=8), fabric=FabricConfig(devices="4"))
+    assert memory_reductions(several)[0] == {"task.token_budget": 100}
+    single = replace(several, fabric=FabricConfig(devices="4", num_nodes=2))
+    assert not any("task." in words(change) for change in memory_reductions(single))
+    assert {"data.max_length": 50, "data.max_prompt_length": 37} in memory_reductions(single)
+
+
 def test_a_single_row_gets_shorter() -> None:
     changes = memory_reductions(config(token_budget=50))
     assert not any("task." in words(change) for change in changes)

@@ -26,6 +26,7 @@ from sheeprlhf.config.registry import (
     to_typed,
 )
 from sheeprlhf.config.validate import parse_devices, parse_targets, validate
+from sheeprlhf.structure.model import LORAConfig
 from sheeprlhf.structure.run import AdamConfig, AdamWConfig, ClusterConfig, PipelineConfig, TrainConfig
 from tests.support.models import make_model_folder
 
@@ -326,6 +327,7 @@ def test_every_option_is_read_somewhere():
 
 def test_configurations_are_equal_if_their_class_and_options_are():
     assert AdamWConfig() == AdamWConfig() and hash(AdamWConfig()) == hash(AdamWConfig())
+    assert hash(LORAConfig(modules_to_save=["head"])) == hash(LORAConfig(modules_to_save=["head"]))
     assert AdamWConfig() != AdamWConfig(lr=1.0)
     assert AdamWConfig() != AdamConfig()
     assert {AdamWConfig(lr=1.0): "found"}[AdamWConfig(lr=1.0)] == "found"

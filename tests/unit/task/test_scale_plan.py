@@ -1,5 +1,6 @@
 """The plan of a step over many ranks: arithmetic by hand, and a dry step whose counted traffic agrees with it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -208,13 +209,15 @@ def test_a_pair_is_one_row_of_both_responses(model_folder: ModelFolder) -> None:
 
 
 def test_the_models_of_ppo_are_counted(model_folder: ModelFolder) -> None:
-    """All weights: reference, reward model and critic besides the policy. With adapters: only more adapters."""
+    """All weights: reference and critic besides the policy. With adapters: more adapters. The reward is a model."""
+    folder = str(model_folder("gpt2"))
+    reward_weights = measure(AutoModelConfig(repo_name=folder), "32-true", True).weights
     data = LocalDataConfig(train_file="rows.jsonl", max_length=100)
     for mode in ("ALL", "LORA"):
         model = AutoModelConfig(repo_name=str(model_folder()), finetune_mode=mode)
         size = measure(model, "32-true")
         for task, others in ((SFTConfig(), 0), (GRPOConfig(), 1), (PPOConfig(), 2)):
-            for reward in (FunctionRewardConfig(), ModelRewardConfig()):
+            for reward in (FunctionRewardConfig(), ModelRewardConfig(folder=folder)):
                 cfg = TrainConfig(
                     task=task, model=model, data=data, fabric=FabricConfig(), optim=AdamWConfig(), reward=reward
                 )
@@ -222,9 +225,45 @@ def test_the_models_of_ppo_are_counted(model_folder: ModelFolder) -> None:
                 scored = isinstance(reward, ModelRewardConfig) and others > 0
                 moments = parts.optimizer if others == 2 else 0
                 one = size.weights if mode == "ALL" else size.trainable
-                models = others + scored if mode == "ALL" else max(0, others - 1) + scored
-                assert parts.others == models * one + moments
+                models = others if mode == "ALL" else max(0, others - 1)
+                assert parts.others == models * one + scored * reward_weights + moments
                 assert parts.total() == sum(parts)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "template", "shared"),
+    [(True, "plain", True), (True, "chat", False), (False, "plain", False)],
+)
+def test_a_reward_model_on_the_policys_base_counts_as_adapters(
+    adapters: bool, template: str, shared: bool, tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    """A run of adapters on the same weights; else, or where it is asked in its own template, a whole model."""
+    folder, lora = model_folder(), LORAConfig(rank=4)
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "adapter_config.json").write_text("{}")
+    mode = "LORA" if adapters else "ALL"
+    saved = f"{{config_name: auto, repo_name: {folder}, finetune_mode: {mode}, lora_cfg: {{rank: 4}}}}"
+    (tmp_path / "config.yaml").write_text(f"model: {saved}\ntask: {{config_name: rm, sft_experiment_dir: null}}\n")
+    config = TrainConfig(
+        task=GRPOConfig(sft_experiment_dir=None, rm_experiment_dir=str(tmp_path)),
+        model=AutoModelConfig(repo_name=str(folder), finetune_mode="LORA", lora_cfg=lora),
+        data=LocalDataConfig(train_file="rows.jsonl", max_length=100),
+        fabric=FabricConfig(),
+        optim=AdamWConfig(),
+        reward=ModelRewardConfig(template=template),
+    )
+    of_reward = AutoModelConfig(repo_name=str(folder), finetune_mode=mode, lora_cfg=lora)
+    expected = measure(config.model, "32-true").trainable if shared else measure(of_reward, "32-true", True).weights
+    assert step_plan(config, device="cuda").others == expected
+
+
+def test_rows_of_a_pass_are_those_of_one_process(model_folder: ModelFolder) -> None:
+    """Nine rows of a step on four processes are at most three each; two tensor-parallel processes share their rows."""
+    model = AutoModelConfig(repo_name=str(model_folder()))
+    task = SFTConfig(mini_batch_size=9, micro_batch_size=8, token_budget=10**6)
+    for options, rows in (({}, 3), ({"tensor_parallel": 2}, 5), ({"devices": "1"}, 8)):
+        config = config_of(model, 8, task, **{"devices": "4"} | options)
+        assert rows_of_forward(config, measure(model, "32-true"))[0] == rows
 
 
 def test_a_moving_reference_and_a_teacher_are_counted(model_folder: ModelFolder) -> None:
