@@ -73,6 +73,7 @@ NOT_IN_HASH = frozenset(
         *("resume", "resume_from", "debug", "root_dir", "output_dir", "experiment", "log", "log_project"),
         *("data.cache_dir", "data.num_proc", "task.num_workers", "task.num_sample_prompts"),
         *("task.pin_memory", "task.save_rollouts", "task.async_checkpoints", "reward.num_workers", "reward.timeout"),
+        *("task.save_interval", "task.keep_checkpoints"),
         "task.max_skipped_steps",  # which without it end the run
         *PERFORMANCE_ONLY_OPTIONS,
         *("fabric.config_name", "fabric.accelerator", "fabric.devices", "fabric.num_nodes", "fabric.strategy"),
@@ -80,10 +81,9 @@ NOT_IN_HASH = frozenset(
         *("rollout.urls", "rollout.sync", "rollout.sync_dir", "rollout.timeout", "rollout.tolerance"),
     }
 )
-_HASHED_DEFAULTS = {
-    "fabric.replicas": 1,
-    "fabric.offload": "none",
-}  # once told runs apart: in all hashes, with these values
+_HASHED_DEFAULTS = frozenset(  # once told runs apart: hashes hold their defaults, so that older runs continue
+    {"fabric.replicas", "fabric.offload", "task.save_interval", "task.keep_checkpoints"}
+)
 
 
 class Option(NamedTuple):
@@ -262,8 +262,9 @@ def _plain(value: Any) -> Any:
 
 def config_hash(config: Config) -> str:
     """SHA-256 of all that changes the result of a run, by old names of options, so that older runs continue."""
-    kept = dict(original(o.key, _plain(o.value)) for o in options(config) if o.key not in NOT_IN_HASH)
-    kept |= _HASHED_DEFAULTS
+    all_options = list(options(config))
+    kept = dict(original(o.key, _plain(o.value)) for o in all_options if o.key not in NOT_IN_HASH)
+    kept |= dict(original(o.key, _plain(o.default)) for o in all_options if o.key in _HASHED_DEFAULTS)
     if kept.get("rollout.config_name") == "local":
         del kept["rollout.config_name"]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -190,6 +190,7 @@ def test_what_does_not_change_the_result_does_not_change_the_hash():
     words = ["resume=true", "resume_from=/x", "debug=true", "root_dir=/x", "fabric.devices=2", "task.num_workers=2"]
     words += ["task.token_budget=9", "task.micro_batch_size=9", "model.gradient_checkpointing=true"]
     words += ["fabric.strategy=fsdp2", "fabric.replicas=2", "fabric.offload=cpu", "fabric.tensor_parallel=2"]
+    words += ["task.save_interval=9", "task.keep_checkpoints=9"]
     assert config_hash(typed(*words, "task.num_sample_prompts=0")) == config_hash(typed())
 
 
