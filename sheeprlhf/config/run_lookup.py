@@ -210,12 +210,19 @@ def is_newest(word: Any) -> bool:
 
 
 def newest_finished(root_dir: str, *, key: str, trains: Collection[str], other_than: str | None = None) -> str:
-    """The newest finished run but `other_than` that trained one of these. Raises ConfigError if there is none."""
-    skipped = None if other_than is None else Path(other_than).resolve()
+    """The newest finished run but `other_than` that trained one of these; a dry run only if all are.
+
+    Raises ConfigError if there is none.
+    """
+    skipped, dry_run = None if other_than is None else Path(other_than).resolve(), None
     for run in _runs(root_dir, finished=True):
         task = choices("task", "train").get(str(run.info.get("task")))
         if getattr(task, "trains", None) in trains and run.dir.resolve() != skipped:
-            return str(run.dir.absolute())
+            if not _is_dry_run(run):
+                return str(run.dir.absolute())
+            dry_run = dry_run or str(run.dir.absolute())
+    if dry_run is not None:
+        return dry_run
     raise ConfigError(
         f"{key}: {Path(root_dir).absolute()} has no finished run that trained a {' or a '.join(trains)}: `list runs` "
         "shows the runs that there are; give the directory of one"
@@ -273,6 +280,12 @@ def _has_model(run: FoundRun, repo_name: str | None, *, dry_run: bool = True) ->
         model = saved.get("model")
         same = isinstance(model, dict) and is_same_model(model.get("repo_name"), repo_name)
         return same and (dry_run or not saved.get("dry_run"))
+    return False
+
+
+def _is_dry_run(run: FoundRun) -> bool:
+    with suppress(ConfigError):
+        return bool(read_run_config(str(run.dir)).get("dry_run"))
     return False
 
 

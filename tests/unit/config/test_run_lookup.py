@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from sheeprlhf.config.registry import config_hash
-from sheeprlhf.config.run_lookup import START, is_same_model, links_of, resolve_runs, start_problems
+from sheeprlhf.config.run_lookup import START, evaluated_run, is_same_model, links_of, resolve_runs, start_problems
 from sheeprlhf.structure.option import Config
 from sheeprlhf.structure.run import TrainConfig
 from tests.unit.config.test_registry import composed, to_typed
@@ -66,6 +66,14 @@ def test_the_newest_that_fits_is_taken(tmp_path: Path) -> None:
     assert sft_start_of(resolve_runs(newest(tmp_path, "dry_run=true"), None)) == str(dry)
     assert sft_start_of(resolve_runs(config(tmp_path, "task.sft_experiment_dir=Newest"), None)) == str(fits)
     assert list(start_problems(resolve_runs(newest(tmp_path), None))) == []
+
+
+def test_a_dry_run_is_evaluated_only_if_there_is_no_other(tmp_path: Path) -> None:
+    make_run(tmp_path, 1.0, dry_run=True)
+    newest_dry = make_run(tmp_path, 3.0, dry_run=True)
+    assert evaluated_run("newest", str(tmp_path), "perplexity") == str(newest_dry)
+    other = make_run(tmp_path, 2.0)
+    assert evaluated_run("newest", str(tmp_path), "perplexity") == str(other)
 
 
 def test_what_is_taken_is_a_whole_path_and_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
