@@ -30,7 +30,7 @@ from sheeprlhf.engine.manifest import verify_manifest, write_folder, write_manif
 from sheeprlhf.security.json_records import RUN, STATE, damaged, load_json
 from sheeprlhf.security.redaction import redact, redact_command
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.utils.errors import ConfigError, RunInUseError, UnsafePathError, first_of
+from sheeprlhf.utils.errors import CheckpointError, ConfigError, RunInUseError, UnsafePathError, first_of
 from sheeprlhf.utils.output import (
     link_problems,
     lock,
@@ -81,10 +81,10 @@ def choose_run_dir(cfg: TrainConfig, config_hash: str, *, given: str | None = No
     earlier = _extended_run(cfg, config_hash)
     if earlier is None:
         return _start(folder, cfg, config_hash, note)
-    step = _take_checkpoints(earlier, folder, config_hash)
+    step, damages = _take_checkpoints(earlier, folder, config_hash)
     fixed = cfg.optim.schedule == "constant" and not cfg.task.lr_warmup_ratio
     plan = "" if fixed else f" (optim.schedule={cfg.optim.schedule}: from there on that of the longer run)"
-    place = _start(folder, cfg, config_hash, f"going on after step {step} of {earlier}{plan} in")
+    place = _start(folder, cfg, config_hash, f"going on after step {step} of {earlier}{damages}{plan} in")
     fingerprint = read_run(earlier).get("data_fingerprint")
     if fingerprint is not None:
         add_to_run(folder, data_fingerprint=fingerprint)
@@ -103,16 +103,27 @@ def _extended_run(cfg: TrainConfig, config_hash: str) -> Path | None:
     return folder if changed and changed.keys() <= _LENGTH and longer else None
 
 
-def _take_checkpoints(earlier: Path, folder: Path, config_hash: str) -> int:
-    """Copy newest and best checkpoint and metrics into a new run; return the newest step. Raises SheepError."""
-    there = {int(path.name[5:]): path for path in (earlier / "checkpoints").glob("step-*") if path.name[5:].isdigit()}
-    if not there:
-        raise ConfigError(f"resume_from={earlier} has no checkpoint to continue from: start another run")
-    newest = max(there)
-    best = load_json(there[newest] / "state.json", STATE).get("best_step")
+def _take_checkpoints(earlier: Path, folder: Path, config_hash: str) -> tuple[int, str]:
+    """Copy newest and best whole checkpoint and metrics into a new run. Raises SheepError if there is none.
+
+    Returns the step of the newest, and a text that names damaged ones, which may be empty.
+    """
+    manifests, damages = {}, ""
+    for path in (earlier / "checkpoints").glob("step-*"):
+        if path.name[5:].isdigit():
+            try:
+                manifests[int(path.name[5:])] = verify_manifest(path)
+            except (CheckpointError, OSError) as error:
+                damages += f" (left out: {error})"
+    if not manifests:
+        raise ConfigError(f"resume_from={earlier} has no checkpoint to continue from{damages}: start another run")
+    newest = max(manifests)
+    best = load_json(earlier / "checkpoints" / f"step-{newest}" / "state.json", STATE).get("best_step")
     make_folder(folder, "checkpoints")
-    for source in (path for step, path in there.items() if step in (newest, best)):
-        manifest = verify_manifest(source)
+    for step, manifest in manifests.items():
+        source = earlier / "checkpoints" / f"step-{step}"
+        if step not in (newest, best):
+            continue
 
         def fill(scratch: Path, source: Path = source, manifest: dict[str, Any] = manifest) -> None:
             for name in manifest["files"]:
@@ -124,7 +135,7 @@ def _take_checkpoints(earlier: Path, folder: Path, config_hash: str) -> int:
     metrics = earlier / "metrics.csv"
     if metrics.is_file():
         write_file(folder, metrics.name, real_file(metrics, earlier).read_bytes())
-    return newest
+    return newest, damages
 
 
 def check_existing_run(cfg: TrainConfig, config_hash: str, given: str | None) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,12 +160,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder
     return train(model_folder(), write_rows(folder / "rows.jsonl"), folder / "run", "task.max_num_steps=6")
 
 
-def test_another_schedule_is_that_of_the_longer_run(finished: Path, tmp_path: Path, model_folder: ModelFolder) -> None:
-    data = finished.with_name("rows.jsonl")
-    words = ["task.max_num_steps=12", f"resume_from={finished}"]
-    extended = train(model_folder(), data, tmp_path / "extended", *words)
+@pytest.mark.parametrize("newest", [6, 4])
+def test_another_schedule_is_that_of_the_longer_run(
+    newest: int, finished: Path, tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    """From the newest checkpoint that is whole on."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    if newest == 4:
+        (run / "checkpoints" / "step-6" / "model.safetensors").write_bytes(b"damaged")
+    words = ["task.max_num_steps=12", f"resume_from={run}"]
+    extended = train(model_folder(), finished.with_name("rows.jsonl"), tmp_path / "extended", *words)
     rates = {step: value for (tag, step), value in figures_at(extended).items() if tag == "train/lr"}
-    totals = {step: 6 if step <= 6 else 12 for step in range(1, 13)}
+    totals = {step: 6 if step <= newest else 12 for step in range(1, 13)}
     expected = {
         step: 1e-3 * lr_factor("cosine", step - 1, warmup=3, total=total, min_ratio=0.0)
         for step, total in totals.items()
