@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from sheeprlhf.apps.arguments import ParsedArgs
 from sheeprlhf.config.command_words import option_word
 from sheeprlhf.config.compose import Job, Source, compose_job
+from sheeprlhf.config.overrides import quote_texts
 from sheeprlhf.launch import launch
 from sheeprlhf.security.json_records import RESULT, load_json
 from sheeprlhf.utils.errors import ConfigError, Interrupted, SheepError
@@ -62,10 +63,10 @@ def evaluate(overrides: Overrides = ()) -> dict[str, Any]:
 
 
 def as_words(overrides: Overrides) -> list[str]:
-    """The options as words of the command line."""
+    """The options as words that Hydra reads: a mapping, or words as they are typed on the command line."""
     if isinstance(overrides, Mapping):
         return [option_word(key, value) for key, value in overrides.items()]
-    return list(overrides)
+    return [quote_texts(word) for word in overrides]
 
 
 def compose(verb: str, words: list[str]) -> Job:

@@ -13,6 +13,7 @@ from sheeprlhf.task.train.best_of_n import RowWriter
 from tests.support.jobs import JobServer
 from tests.support.models import ModelFolder
 from tests.support.runs import digests, exit_code, write_rows
+from tests.support.vllm_server import vllm_server
 
 
 def words(model: Path, data: Path, run_dir: Path, *extra: str) -> list[str]:
@@ -33,6 +34,23 @@ def words(model: Path, data: Path, run_dir: Path, *extra: str) -> list[str]:
 
 def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_signal_to_stop_is_not_kept_waiting_for_servers(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """No server answers in the second rollout of 12 prompts, in which the signal comes."""
+    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
+    with vllm_server(model) as server:
+
+        def fault(path: str, number: int) -> int | None:
+            if path != "/inference/v1/generate" or number <= 14:  # a probe is asked too
+                return None
+            os.kill(os.getpid(), signal.SIGTERM)
+            return 503
+
+        server.fault = fault
+        servers = ["rollout=vllm", f"rollout.urls=[{server.url}]", "rollout.timeout=240", "task.self_check=off"]
+        assert exit_code(words(model, data, tmp_path / "run", *servers)) == 128 + signal.SIGTERM
+    assert [path.name for path in (tmp_path / "run" / "parts").iterdir()] == ["train-000000.jsonl"]
 
 
 @pytest.mark.slow

@@ -31,7 +31,14 @@ from sheeprlhf.structure.rollout import BestOfNConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.finish import check_sampler
 from sheeprlhf.task.models import build_collector, load_online_setup
-from sheeprlhf.utils.errors import CheckpointError, DataError, Notify, RecordError
+from sheeprlhf.utils.errors import (
+    CheckpointError,
+    DataError,
+    Notify,
+    RecordError,
+    RewardError,
+    RolloutServerError,
+)
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.output import create_file, safe_path, sweep_scratch, write_file
 from sheeprlhf.utils.processes import STOP_SIGNALS
@@ -209,7 +216,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         for split, number, places in (one for one, is_done in zip(todo, done, strict=True) if not is_done):
             examples = splits[split].examples(places)
             _check_text(examples, tokenizer)
-            rollout = collect(examples, FIRST[split] + number)
+            with run.saved_at(RewardError, RolloutServerError):
+                rollout = collect(examples, FIRST[split] + number)
             if state.step == 0 and task.self_check != "off":
                 check_sampler(run, collect, rollout)
             rows = select_rows(rollout, rollout.texts, task.min_score)

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from sheeprlhf.api.jobs import as_words
 from sheeprlhf.apps.arguments import parse_args
 from sheeprlhf.config.command_words import changed_words, command, hydra_value, option_word, shell_word
 from sheeprlhf.config.compose import Source, check, compose_job
@@ -191,6 +192,7 @@ def test_a_text_that_looks_like_a_number_stays_as_it_is() -> None:
     numbers = ["optim.lr=1e-4", "task.token_budget=4_096"]
     assert parse_args(numbers).words == numbers
     assert [read(word) for word in parse_args(["seed=7", "run_name=7"]).words] == [7, 7]  # whose text is the same
+    assert list(map(read, as_words(["run_name=1.10", "root_dir=runs/été (1)"]))) == ["1.10", "runs/été (1)"]
 
 
 @pytest.mark.parametrize("typed", ["my runs ü", "it's (1)", "a=b.jsonl", "/数据/x#1 & y!.jsonl", "<a>", 'say "hi"'])
