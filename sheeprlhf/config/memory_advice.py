@@ -74,10 +74,8 @@ def _fewer_rows(task: TrainTaskConfig, rows: int, row: int) -> Change:
     group = getattr(task, "num_generations", 1)
     if task.micro_batch_size // group * row <= task.token_budget:
         return {"task.micro_batch_size": rows * group}
-    halved = task.token_budget // 2
-    return {
-        "task.token_budget": halved if halved // row <= rows else rows * row
-    }  # task.mini_batch_size and the number of processes limit them, too
+    halved = task.token_budget // 2  # may have no effect: mini_batch_size and the number of processes limit rows too
+    return {"task.token_budget": halved if halved // row <= rows else rows * row}
 
 
 def _smaller_model(config: TrainConfig, phase: str) -> Iterator[Change]:

@@ -89,7 +89,7 @@ class BoundToThis:
 
 
 def spawn_context(option: str) -> "SpawnContext":
-    """What makes fresh processes, for which `option` asks.
+    """Return the context that starts new Python processes, for which `option` asks.
 
     Raises ConfigError if the running script has no guard: the processes would run it again, and wait for each other.
     """
